@@ -1,0 +1,1 @@
+"""Measurements: what the engine costs, side by side with what it replaces."""

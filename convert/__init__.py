@@ -1,0 +1,1 @@
+"""Checkpoints in: CoreNet's KV Prediction and OpenELM checkpoints become MLX models."""

@@ -1,0 +1,159 @@
+"""Read CoreNet's checkpoints: a PyTorch `state_dict` and the training YAML beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import yaml
+
+PREDICTOR = "predicter.auxkv_to_basekv."  # CoreNet's spelling
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a conversion needs of CoreNet's YAML.
+
+    Args:
+        base_name: CoreNet's name of the (base) architecture, e.g. `OpenELM-1_1B`.
+        auxiliary_name: the same of the auxiliary, None for a plain checkpoint.
+        layer_map: `auxkv_num_layers_to_basekv_num_layers`, None for a plain checkpoint.
+        vocab_size: rows of the token embedding.
+        context_length: `max_context_length`, in tokens.
+    """
+
+    base_name: str | None = None
+    auxiliary_name: str | None = None
+    layer_map: list[int] | None = None
+    vocab_size: int | None = None
+    context_length: int | None = None
+
+
+def read_yaml(path: Path) -> TrainingConfig:
+    """Read CoreNet's training YAML.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not YAML, or describes no language model.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    models = _get(content, "model", "language_modeling")
+    if not isinstance(models, dict):
+        raise ValueError(f"{path}: no model.language_modeling section, expected a CoreNet training YAML")
+    pair, gpt = models.get("kv_prediction") or {}, models.get("general_gpt") or {}
+    layer_map = pair.get("auxkv_num_layers_to_basekv_num_layers")
+    if layer_map is not None and not (isinstance(layer_map, list) and all(type(m) is int for m in layer_map)):
+        raise ValueError(
+            f"{path}: auxkv_num_layers_to_basekv_num_layers is {layer_map!r}, expected a list of ints"
+        )
+    return TrainingConfig(
+        base_name=_nested_name(pair.get("base_model")) or gpt.get("model_name"),
+        auxiliary_name=_nested_name(pair.get("auxiliary_model")),
+        layer_map=layer_map,
+        vocab_size=gpt.get("vocab_size"),
+        context_length=gpt.get("max_context_length"),
+    )
+
+
+class Checkpoint:
+    """The tensors of a `.pt` file, which stay on disk until they are taken.
+
+    The state_dict may be nested under a key such as `model_state_dict`, and its names may begin with
+    `module.`.  No code from the file is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: torch is not installed.
+        ValueError: the file is damaged, needs code to unpickle, or holds no state_dict.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            what = "a directory" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"{path}: {what}, expected a .pt file")
+        content, self._mapped = _load(path)
+        state = _state_dict(content)
+        if state is None:
+            raise ValueError(f"{path}: holds no state_dict (a dict of named tensors)")
+        self._tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        self.path = path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each tensor's shape, by CoreNet's parameter name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def take(self, name: str, dtype: mx.Dtype | None = None) -> mx.array:
+        """Copy a tensor into an MLX array, and drop its pages of the mapped file from memory."""
+        tensor = self._tensors[name]
+        array = mx.array(tensor)
+        array = array if dtype is None else array.astype(dtype)
+        mx.eval(array)
+        if self._mapped:
+            _drop_pages(tensor.untyped_storage())
+        return array
+
+
+def _drop_pages(storage: Any) -> None:
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    with contextlib.suppress(AttributeError, OSError):  # only advice, and not on every system
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def _load(path: Path) -> tuple[Any, bool]:
+    """What torch reads, and whether its tensors are mapped from the file."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError("reading .pt files needs PyTorch: pip install 'kvpred-mlx[convert]'") from error
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        if zipfile.is_zipfile(path):
+            return torch.load(path, mmap=True, **options), True
+        return torch.load(path, **options), False  # the format before zip files cannot be mapped
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].split())
+        if reason:
+            raise ValueError(f"{path}: refused, unpickling it could run code ({reason})") from error
+        raise ValueError(f"{path}: damaged, or not a PyTorch checkpoint") from error
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged, or not a PyTorch checkpoint: {reason}") from error
+
+
+def _state_dict(content: Any) -> dict[str, Any] | None:
+    """The first dict of nothing but named tensors, searched breadth first through nested dicts."""
+    queue = [content]
+    while queue:
+        node = queue.pop(0)
+        if not isinstance(node, Mapping):
+            continue
+        tensors = {k: v for k, v in node.items() if isinstance(k, str) and hasattr(v, "untyped_storage")}
+        if tensors and len(tensors) == len(node):
+            return tensors
+        queue.extend(node.values())
+    return None
+
+
+def _nested_name(models: Any) -> str | None:
+    first = models[0] if isinstance(models, list) and models else None
+    return _get(first, "model", "language_modeling", "general_gpt", "model_name")
+
+
+def _get(node: Any, *keys: str) -> Any:
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node

@@ -1,0 +1,48 @@
+"""Makes pairs known to mlx-lm, without importing mlx-lm before its user does.
+
+mlx-lm looks model families up as modules `mlx_lm.models.<model_type>` and the caches of prompt-cache
+files by class name in `mlx_lm.models.cache`; `kvpred_mlx.model` puts itself there when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register() -> None:
+    """Import `kvpred_mlx.model` now if mlx-lm is imported, else right after it will be."""
+    if "mlx_lm" in sys.modules:
+        importlib.import_module("kvpred_mlx.model")
+    elif not any(isinstance(finder, _AfterMlxLm) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterMlxLm())
+
+
+class _AfterMlxLm(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "mlx_lm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        importlib.import_module("kvpred_mlx.model")

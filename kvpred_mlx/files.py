@@ -1,0 +1,55 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_absent(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if `path` must not be written: it is there and `overwrite` is false, or it is
+    there and is not a model directory that could be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already: give another path, or --overwrite to replace it")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise FileExistsError(f"{path} is not a model directory: --overwrite replaces only those")
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a directory beside `path` that is renamed to `path` at the end, or removed on any error.
+
+    Raises:
+        FileExistsError: as `check_absent`.
+    """
+    check_absent(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside
+        beside.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
+        _swap_in(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _swap_in(beside: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        beside.rename(path)
+        return
+    old = beside.with_name(beside.name + ".old")
+    path.rename(old)
+    beside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,128 @@
+"""mlx-lm's `generate` and `stream_generate`, with the time to first token."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse as MlxLmResponse
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass
+class GenerationResponse(MlxLmResponse):
+    """mlx-lm's response, and how long the first token took.
+
+    Args:
+        ttft (float): seconds from the call until the first token's value was on the host.
+        prefill_time (float): the part of `ttft` in which the prompt cache was filled (auxiliary and
+            projection, or the base alone); the rest is the base's step on the last prompt token.
+    """
+
+    ttft: float = 0.0
+    prefill_time: float = 0.0
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """mlx-lm's `stream_generate`: the same arguments, the same tokens, responses with `ttft`.
+
+    Unlike mlx-lm, it honours `max_kv_size` for models that make their own cache.
+
+    Raises:
+        ValueError: the prompt is empty, or has token ids outside the vocabulary.
+    """
+    clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
+    prompt = _token_ids(model, tokenizer, prompt)
+    max_kv_size = kwargs.get("max_kv_size")
+    if max_kv_size is not None and draft_model is None and kwargs.get("prompt_cache") is None:
+        kwargs["prompt_cache"] = model.make_cache(max_kv_size)
+    if draft_model is None:
+        kwargs["prompt_progress_callback"] = clock
+    responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+    for response in responses:
+        clock.first_response()
+        fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
+        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """mlx-lm's `generate`: the whole text at once; `verbose` prints it as it comes, and a footer."""
+    text, response = "", None
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(f"\n{'=' * 10}\n{footer(response)}")
+    return text
+
+
+def footer(response: GenerationResponse) -> str:
+    """mlx-lm's closing lines, and the TTFT with its parts."""
+    step = response.ttft - response.prefill_time
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB\n"
+        f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
+    )
+
+
+class _FirstToken:
+    """mlx-lm's prompt progress callback as a clock: it is called when the first token's value is ready."""
+
+    def __init__(self, then: Callable[[int, int], None] | None):
+        self._then, self._start = then, time.perf_counter()
+        self.ttft = self.prefill_time = 0.0
+
+    def __call__(self, processed: int, total: int) -> None:
+        elapsed = time.perf_counter() - self._start
+        if processed < total:
+            self.prefill_time = elapsed
+        else:
+            self.ttft = elapsed
+        if self._then is not None:
+            self._then(processed, total)
+
+    def first_response(self) -> None:
+        """Speculative decoding reports no progress: its first response is the first sign."""
+        if not self.ttft:
+            self.ttft = time.perf_counter() - self._start
+
+
+def _token_ids(model: nn.Module, tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
+    if isinstance(prompt, str):
+        wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+        bos = wrapped.bos_token
+        tokens: list[int] = wrapped.encode(
+            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+        )
+        ids = mx.array(tokens, dtype=mx.int32)
+    else:
+        ids = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    if ids.size == 0:
+        raise ValueError("the prompt is empty, expected at least one token")
+    size = getattr(model, "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if size is not None and (low < 0 or high >= size):
+        raise ValueError(f"the prompt has token ids {low} to {high}, expected 0 to {size - 1}")
+    return ids

@@ -1,0 +1,129 @@
+"""Where a model's keys and values are made: its key, value and fused projections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache
+
+KEY = re.compile(r"k_proj|c_k|attn_key")
+VALUE = re.compile(r"v_proj|c_v|attn_value")
+FUSED = re.compile(r"qkvg?_proj|q_k_v_proj|[wW]qkv|query_key_value|c_attn|att_proj|W_pack|kv_a_proj_with_mqa")
+ATTENTION_CACHES = (KVCache, RotatingKVCache, ChunkedKVCache)
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose keys and values cannot be recorded or replaced."""
+
+
+class KV(NamedTuple):
+    """Raw keys and values of one layer, heads merged: `[B, L, key width]` and `[B, L, value width]`."""
+
+    keys: mx.array
+    values: mx.array
+
+
+@dataclass(frozen=True)
+class Site:
+    """One K, V or fused projection: the child `name` of `owner`, in layer `layer`."""
+
+    layer: int
+    owner: nn.Module
+    name: str
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.owner[self.name]  # the module's own entry, never the tap that shadows it
+
+
+@dataclass(frozen=True)
+class FusedColumns:
+    """Where keys and values lie among the output columns of a fused projection."""
+
+    keys: list[int]
+    values: list[int]
+    rest: list[int]
+
+    @classmethod
+    def of(cls, is_key: list[bool], is_value: list[bool]) -> FusedColumns:
+        # Columns that reach both (a latent that is expanded later) are counted as keys.
+        columns = range(len(is_key))
+        return cls(
+            [c for c in columns if is_key[c]],
+            [c for c in columns if is_value[c] and not is_key[c]],
+            [c for c in columns if not is_key[c] and not is_value[c]],
+        )
+
+    def split(self, output: mx.array) -> KV:
+        return KV(take_columns(output, self.keys), take_columns(output, self.values))
+
+    def join(self, rest: mx.array, kv: KV) -> mx.array:
+        joined = mx.concatenate([rest, kv.keys, kv.values], axis=-1)
+        order = sorted(range(joined.shape[-1]), key=[*self.rest, *self.keys, *self.values].__getitem__)
+        return take_columns(joined, order)
+
+
+def take_columns(array: mx.array, columns: list[int]) -> mx.array:
+    if not columns or columns == list(range(columns[0], columns[-1] + 1)):  # a slice copies nothing
+        return array[..., columns[0] : columns[-1] + 1] if columns else array[..., :0]
+    return mx.take(array, mx.array(columns), axis=-1)
+
+
+def project(projection: nn.Module, x: mx.array) -> mx.array:
+    """The projection's output as one array (one family's fused projection returns it in pieces)."""
+    output = projection(x)
+    return output if isinstance(output, mx.array) else mx.concatenate(output, axis=-1)
+
+
+def check_caches(family: str, caches: list[Any]) -> None:
+    names = sorted({type(c).__name__ for c in caches if type(c) not in ATTENTION_CACHES})
+    if any(n == "CacheList" for n in names):
+        raise UnsupportedModelError(
+            f"{family}: a layer keeps several caches (CacheList), which keys and values alone cannot fill"
+        )
+    if names:
+        raise UnsupportedModelError(
+            f"{family}: a layer keeps recurrent or convolutional state ({', '.join(names)}), "
+            "which keys and values alone cannot fill"
+        )
+    if not caches:
+        raise UnsupportedModelError(f"{family}: the model has no key-value cache")
+
+
+def find_sites(model: nn.Module) -> Iterator[Site]:
+    for i, layer in enumerate(model.layers):
+        modules = layer.named_modules() if isinstance(layer, nn.Module) else []
+        for _, owner in sorted(modules, key=lambda item: item[0]):
+            for name, child in owner.items():
+                if isinstance(child, nn.Module) and any(p.fullmatch(name) for p in (KEY, VALUE, FUSED)):
+                    yield Site(i, owner, name)
+
+
+def group_calls(
+    family: str, sites: list[Site], calls: list[tuple[int, int]]
+) -> list[tuple[tuple[int, int], ...]]:
+    """The calls of one KV layer together: (key, value) or (fused,)."""
+    groups: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+    for site, nth in calls:
+        name = sites[site].name
+        kind = "fused" if FUSED.fullmatch(name) else "key" if KEY.fullmatch(name) else "value"
+        groups.setdefault((sites[site].layer, nth), {})[kind] = (site, nth)
+    if not groups:
+        raise UnsupportedModelError(f"{family}: no key and value projections were found by name")
+    for (layer, _), group in groups.items():
+        if set(group) not in ({"key", "value"}, {"fused"}):
+            raise UnsupportedModelError(
+                f"{family}: layer {layer} has {' and '.join(sorted(group))} projections, "
+                "expected key and value, or one fused projection"
+            )
+    return [tuple(group[k] for k in ("key", "value", "fused") if k in group) for group in groups.values()]
+
+
+def out_dims(projection: nn.Module) -> int:
+    inner = projection.get("linear", projection)  # LoRA wraps the layer it adapts
+    return inner["weight"].shape[0]

@@ -1,0 +1,307 @@
+"""Record and replace the raw keys and values of any mlx-lm model, without per-family attention code.
+
+An attention layer's K and V projections are *tapped*: for the length of one forward call a tap stands
+where the projection stood, and either passes the projection's output through and keeps it (record) or
+returns a given array instead (inject).  The model's own code then does k_norm, RoPE, sliding windows and
+the cache.  MLX is lazy, so whatever an injected array makes unnecessary is never computed.
+
+A tap *shadows* its projection: `nn.Module` keeps children in its dictionary and only asks it when ordinary
+attribute lookup fails, so an entry in the instance's `__dict__` takes the child's place while parameters,
+quantization and LoRA never notice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvpred_mlx.sites import (
+    KV,
+    FusedColumns,
+    UnsupportedModelError,
+    check_caches,
+    find_sites,
+    group_calls,
+    out_dims,
+    project,
+    take_columns,
+)
+
+# Shadows are set and removed under one lock: two threads may build graphs of models that share modules.
+_lock = threading.RLock()
+
+
+class _Tap:
+    """Stands in a projection's place; other attributes are still the projection's (`.weight` is read)."""
+
+    def __init__(self, projection: nn.Module, on_call: Callable[[nn.Module, mx.array], Any]):
+        self._projection, self._on_call = projection, on_call
+        self._thread = threading.get_ident()
+
+    def __call__(self, x: mx.array) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._projection(x)
+        return self._on_call(self._projection, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._projection, name)
+
+
+@contextmanager
+def _shadowed(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    previous = owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if previous is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = previous
+
+
+class KVTaps:
+    """The raw keys and values of a model, layer by layer.
+
+    A *KV layer* is a layer that makes keys and values of its own; layers that borrow another layer's are
+    not counted.  `widths[i]` is the pair (key width, value width) of KV layer i; the value width is 0
+    where a fused projection's columns all reach the cached keys (latent attention).
+
+    Args:
+        model: any mlx-lm model whose caches hold nothing but attention keys and values.
+
+    Raises:
+        UnsupportedModelError: naming the family and the reason.
+    """
+
+    _needs_cache = False
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.family: str = getattr(model, "model_type", type(model).__module__)
+        check_caches(self.family, make_prompt_cache(model))
+        sites = list(find_sites(model))
+        self._sites = sites
+        self._pieces: dict[int, list[int]] = {}
+        calls = self._dry_run(make_prompt_cache(model))
+        # Layers that borrow keys and values find them in the cache; without one they make their own.
+        self._needs_cache = calls != self._dry_run(None)
+        self._layers = group_calls(self.family, sites, calls)
+        self._fused: list[FusedColumns | None] = [None] * len(self._layers)
+        dims = [[out_dims(sites[s].projection) for s, _ in layer] for layer in self._layers]
+        self.widths = [(d[0], d[-1]) for d in dims]
+        self._find_fused_columns()
+        self._check_injection()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def fused(self) -> bool:
+        """Whether any layer makes queries, keys and values in one projection."""
+        return any(self._fused)
+
+    def record(self, tokens: mx.array, cache: list[Any] | None = None) -> tuple[list[KV], mx.array]:
+        """Run the model over `tokens` [B, L] and keep every KV layer's raw keys and values.
+
+        Nothing is computed until it is evaluated.  Returns the recorded arrays and the logits.
+        """
+        outputs: dict[tuple[int, int], mx.array] = {}
+
+        def keep(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
+            outputs[site, nth] = project(projection, x)
+            return outputs[site, nth]
+
+        logits = self._run(tokens, cache, keep)
+        return [self._kv(i, outputs) for i in range(len(self)) if self._layers[i][0] in outputs], logits
+
+    def inject(
+        self, kv: Sequence[KV], tokens: mx.array, cache: list[Any] | None = None, *, logits: bool
+    ) -> mx.array:
+        """Run the model over `tokens` [B, L] with the given raw keys and values in place of its own.
+
+        Args:
+            kv: one `KV` for each KV layer, as `record` returns them.
+            cache: updated in place; its entries depend on `kv` alone if `logits` is false.
+            logits: whether the returned logits [B, L, vocabulary] will be used.  If not, the queries of
+                fused projections are left out, else the cached entries would depend on them.
+
+        Raises:
+            ValueError: if the number or the widths of `kv` are not this model's.
+        """
+        given = [(k.shape[-1], v.shape[-1]) for k, v in kv]
+        if given != self.widths:
+            raise ValueError(f"{self.family}: injected key and value widths {given}, expected {self.widths}")
+        arrays = self._arrays(kv)
+
+        def give(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
+            layer, array = arrays[site, nth]
+            fused = self._fused[layer]
+            if fused is None:
+                return array.astype(x.dtype)
+            if logits:
+                rest = take_columns(project(projection, x), fused.rest)
+            else:
+                rest = mx.zeros((*x.shape[:-1], len(fused.rest)), x.dtype)
+            return fused.join(rest, KV(*(a.astype(x.dtype) for a in kv[layer])))
+
+        return self._run(tokens, cache, give)
+
+    @contextmanager
+    def first_layers(self, n: int | None) -> Iterator[None]:
+        """Let the model run its first `n` layers only (None: all), so that no graph is built beyond them."""
+        owners = _layer_list_owners(self.model) if n is not None else []
+        with _lock, ExitStack() as stack:
+            for owner, name in owners:
+                stack.enter_context(_shadowed(owner, name, owner[name][:n]))
+            yield
+
+    def depth(self, kv_layers: int) -> tuple[int, int] | None:
+        """How many layers and how many cache entries the first `kv_layers` KV layers need.
+
+        Returns None if the model must run whole (it needs all, or its layers cannot be cut short).
+        """
+        n = max(self._sites[self._layers[i][0][0]].layer for i in range(kv_layers)) + 1
+        if n >= len(self.model.layers) or not _layer_list_owners(self.model):
+            return None
+        try:
+            with self.first_layers(n):
+                cache = make_prompt_cache(self.model)
+                found = len(self.record(mx.array([[0, 0]]), cache)[0])
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # a family that counts on all its layers: run it whole
+            return None
+        used = [not c.empty() for c in cache]
+        entries = sum(used)
+        return (n, entries) if found >= kv_layers and all(used[:entries]) else None
+
+    def _run(self, tokens: mx.array, cache: list[Any] | None, on_call: Callable[..., mx.array]) -> mx.array:
+        if cache is None and self._needs_cache:
+            cache = make_prompt_cache(self.model)
+        counts = [0] * len(self._sites)
+
+        def tap(site: int) -> _Tap:
+            def call(projection: nn.Module, x: mx.array) -> Any:
+                counts[site] += 1
+                output = on_call(site, counts[site] - 1, projection, x)
+                return mx.split(output, self._pieces[site], axis=-1) if site in self._pieces else output
+
+            return _Tap(self._sites[site].projection, call)
+
+        with _lock, ExitStack() as stack:
+            for i, site in enumerate(self._sites):
+                stack.enter_context(_shadowed(site.owner, site.name, tap(i)))
+            return self.model(tokens, cache=cache) if cache is not None else self.model(tokens)
+
+    def _dry_run(self, cache: list[Any] | None) -> list[tuple[int, int]]:
+        """Which sites a prefill really calls, in call order, as (site, nth call of it)."""
+        calls: list[tuple[int, int]] = []
+
+        def note(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
+            calls.append((site, nth))
+            output = projection(x)
+            if not isinstance(output, mx.array):
+                self._pieces[site] = list(accumulate(piece.shape[-1] for piece in output))[:-1]
+            return project(projection, x)
+
+        self._run(mx.array([[0, 0]]), cache, note)
+        return calls
+
+    def _kv(self, layer: int, outputs: dict[tuple[int, int], mx.array]) -> KV:
+        calls, fused = self._layers[layer], self._fused[layer]
+        if fused is not None:
+            return fused.split(outputs[calls[0]])
+        return KV(outputs[calls[0]], outputs[calls[1]])
+
+    def _arrays(self, kv: Sequence[KV]) -> dict[tuple[int, int], tuple[int, mx.array]]:
+        pairs = enumerate(zip(self._layers, kv, strict=True))
+        return {
+            call: (i, array) for i, (calls, given) in pairs for call, array in zip(calls, given, strict=False)
+        }
+
+    def _find_fused_columns(self) -> None:
+        for i, calls in enumerate(self._layers):
+            pieces = self._pieces.get(calls[0][0])
+            if pieces is not None:  # the projection itself returns queries, keys and values
+                width = self.widths[i][0]
+                is_key = [pieces[0] <= c < pieces[1] for c in range(width)]
+                self._set_fused(i, FusedColumns.of(is_key, [c >= pieces[1] for c in range(width)]))
+        unknown = [i for i, calls in enumerate(self._layers) if len(calls) == 1 and self._fused[i] is None]
+        if unknown:
+            for i, is_key, is_value in self._reach(unknown):
+                self._set_fused(i, FusedColumns.of(is_key, is_value))
+
+    def _set_fused(self, layer: int, fused: FusedColumns) -> None:
+        if not fused.keys:
+            raise UnsupportedModelError(
+                f"{self.family}: no output of layer {layer}'s fused projection reaches the cached keys"
+            )
+        self._fused[layer] = fused
+        self.widths[layer] = (len(fused.keys), len(fused.values))
+
+    def _reach(self, layers: list[int]) -> Iterator[tuple[int, list[bool], list[bool]]]:
+        """Which columns of fused projections reach the cached keys and values, by a gradient's nonzeros."""
+        *keys, key = mx.random.split(mx.random.key(0), len(layers) + 1)
+        widths = [self.widths[i][0] for i in layers]
+        outputs = [mx.random.normal((1, 2, w), key=k) for w, k in zip(widths, keys, strict=True)]
+        calls = [self._layers[i][0] for i in layers]
+
+        def cached(outputs: list[mx.array], part: int) -> mx.array:
+            given = dict(zip(calls, outputs, strict=True))
+
+            def give(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
+                array = given.get((site, nth))
+                return project(projection, x) if array is None else array.astype(x.dtype)
+
+            cache = make_prompt_cache(self.model)
+            self._run(mx.array([[0, 0]]), cache, give)
+            states = [c.keys_and_values()[part].astype(mx.float32) for c in cache]
+            return sum(((s * mx.random.normal(s.shape, key=key)).sum() for s in states), mx.array(0.0))
+
+        reach = [mx.grad(partial(cached, part=part))(outputs) for part in (0, 1)]
+        for i, *columns in zip(layers, *reach, strict=True):
+            reached: list[Any] = [mx.any(g != 0, axis=(0, 1)).tolist() for g in columns]
+            yield i, reached[0], reached[1]
+
+    def _check_injection(self) -> None:
+        """Prove that the cache depends on nothing but the injected arrays: other tokens, same cache."""
+        keys = [mx.random.key(i) for i in range(len(self))]
+        kv = [
+            KV(*(mx.random.normal((1, 2, w), key=k) for w in ws))
+            for ws, k in zip(self.widths, keys, strict=True)
+        ]
+        states = []
+        for tokens in ([[0, 1]], [[1, 0]]):
+            cache = make_prompt_cache(self.model)
+            self.inject(kv, mx.array(tokens), cache, logits=False)
+            leaves = dict(tree_flatten([c.state for c in cache])).values()
+            states.append([a for a in leaves if isinstance(a, mx.array)])
+        same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*states, strict=True)]
+        if not mx.all(mx.stack(same)).item():
+            raise UnsupportedModelError(
+                f"{self.family}: its cache holds more than the outputs of its key and value projections"
+            )
+
+
+def _layer_list_owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) that holds the model's list of layers."""
+    first, count = model.layers[0], len(model.layers)
+    return [
+        (module, name)
+        for _, module in model.named_modules()
+        for name, child in module.items()
+        if isinstance(child, list) and len(child) == count and child[0] is first
+    ]
