@@ -1,7 +1,7 @@
 """Makes pairs known to mlx-lm, without importing mlx-lm before its user does.
 
-mlx-lm looks model families up as modules `mlx_lm.models.<model_type>` and the caches of prompt-cache
-files by class name in `mlx_lm.models.cache`; `kvpred_mlx.model` puts itself there when it is imported.
+mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files
+by class name in `mlx_lm.models.cache`.  `kvpred_mlx.model` announces itself there when it is imported.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ def register() -> None:
         importlib.import_module("kvpred_mlx.model")
     elif not any(isinstance(finder, _AfterMlxLm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterMlxLm())
+
+
+def announce(model_module: ModuleType, cache_class: type) -> None:
+    """Put the pair's module, the class of its cache entry and its config where they are looked up."""
+    from mlx_lm.models import cache
+    from transformers import AutoConfig, PreTrainedConfig
+
+    sys.modules.setdefault("mlx_lm.models.kvpred", model_module)
+    setattr(cache, cache_class.__name__, cache_class)
+    # Without a config class of this name, loading the tokenizer warns of an unknown model type.
+    config_class = type("KVPredictionConfig", (PreTrainedConfig,), {"model_type": "kvpred"})
+    AutoConfig.register("kvpred", config_class, exist_ok=True)
 
 
 class _AfterMlxLm(MetaPathFinder):

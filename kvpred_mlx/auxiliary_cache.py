@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
@@ -197,7 +196,3 @@ def _emptied(cache: Any, batched: bool = True) -> Any:
     if isinstance(cache, RotatingKVCache):
         return RotatingKVCache(cache.max_size, cache.keep)
     return ChunkedKVCache(cache.chunk_size) if isinstance(cache, ChunkedKVCache) else KVCache()
-
-
-# mlx-lm's prompt-cache files name the classes of their entries, and look them up here.
-mlx_lm_cache.AuxiliaryCache = AuxiliaryCache  # type: ignore[attr-defined]

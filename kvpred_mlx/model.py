@@ -13,6 +13,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from kvpred_mlx._registration import announce
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.predictor import Predictor
 from kvpred_mlx.sites import KV
@@ -205,5 +206,4 @@ def _check_widths(predictor: Predictor, base: KVTaps, auxiliary: KVTaps) -> None
         raise ValueError("predictor does not fit the models: " + "; ".join(wrong))
 
 
-# `mlx_lm.load` looks the family of a config up under this name.
-sys.modules.setdefault("mlx_lm.models.kvpred", sys.modules[__name__])
+announce(sys.modules[__name__], AuxiliaryCache)

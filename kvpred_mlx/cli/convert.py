@@ -1,0 +1,64 @@
+"""`kvpred-mlx convert`: CoreNet checkpoints become MLX model directories."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """mlx-lm's conversion dtypes."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class QuantizationMode(StrEnum):
+    """mlx-lm's quantization modes."""
+
+    affine = "affine"
+    mxfp4 = "mxfp4"
+    nvfp4 = "nvfp4"
+    mxfp8 = "mxfp8"
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Option(help="CoreNet's .pt file.")],
+    config: Annotated[Path | None, typer.Option(help="CoreNet's training YAML; a pair needs it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece tokenizer.model.")] = None,
+    mlx_path: Annotated[Path, typer.Option(help="The directory to make.")] = Path("mlx_model"),
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights that are not quantized.")] = None,
+    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize the weights.")] = False,
+    q_bits: Annotated[int | None, typer.Option(help="Bits per weight.")] = None,
+    q_group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
+    q_mode: Annotated[QuantizationMode, typer.Option(help="Quantization mode.")] = QuantizationMode.affine,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
+    ] = False,
+) -> None:
+    """Convert a CoreNet KV Prediction (or plain OpenELM) checkpoint. Hugging Face OpenELM: mlx_lm.convert."""
+    if not quantize and (q_bits is not None or q_group_size is not None):
+        raise typer.BadParameter("--q-bits and --q-group-size need -q", param_hint="--quantize")
+    import mlx.core as mx
+    from rich.progress import Progress
+
+    from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Converting", total=None)
+        convert_checkpoint(
+            checkpoint,
+            config,
+            mlx_path,
+            tokenizer=tokenizer,
+            dtype=getattr(mx, dtype.value) if dtype else None,
+            quantization=Quantization(q_group_size, q_bits, q_mode.value) if quantize else None,
+            overwrite=overwrite,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    size = sum(f.stat().st_size for f in mlx_path.iterdir())
+    print(f"{mlx_path}: {size / 1e6:.1f} MB")

@@ -1,0 +1,43 @@
+"""`kvpred-mlx info`: what a pair is made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    pair: Annotated[
+        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
+) -> None:
+    """Show a pair's models, layer map, types and sizes."""
+    from kvpred_mlx.description import describe
+    from kvpred_mlx.loading import DEMO_PAIR, find_pair
+
+    facts = describe(find_pair(pair or DEMO_PAIR))
+    print(json.dumps(facts) if as_json else _text(facts))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB on disk"]
+    for role in ("base", "auxiliary", "predictor"):
+        part = facts[role]
+        family = f"{part['model_type']}, {part['layers']} layers, " if "layers" in part else ""
+        lines.append(
+            f"{role + ':':<11}{family}{part['parameters'] / 1e6:.2f} M parameters, "
+            f"{part['bytes'] / 1e6:.2f} MB, {part['dtype']}{_quantization(part)}"
+        )
+    lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
+    lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
+    lines.append(f"predicts prompts of {facts['min_prompt_tokens']} tokens or more")
+    lines.append(f"tokenizer: {'yes' if facts['tokenizer'] else 'none, token ids only'}")
+    return "\n".join(lines)
+
+
+def _quantization(part: dict[str, Any]) -> str:
+    q = part["quantization"]
+    return f", {q['bits']} bits in groups of {q['group_size']} ({q['mode']})" if q else ""

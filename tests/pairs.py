@@ -1,0 +1,78 @@
+"""Tiny random pairs, and the slow, plain way to do what a pair does."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from families import build
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+from kvpred_mlx import KVPredictionModel, Predictor
+from kvpred_mlx.sites import KV
+from kvpred_mlx.taps import KVTaps
+
+# (base, auxiliary): separate and fused projections, sliding windows on either side, latent attention.
+PAIRS = [
+    ("qwen3", "qwen2"),
+    ("openelm", "openelm"),
+    ("gemma3_text", "qwen2"),
+    ("qwen3", "gemma3_text"),
+    ("gpt_neox", "phi3"),
+    ("deepseek_v3", "olmoe"),
+]
+
+
+def make_pair(base: str = "qwen3", auxiliary: str = "qwen2", layer_map=None, seed: int = 0, **options):
+    base_model, auxiliary_model = build(base), build(auxiliary)
+    base_widths, auxiliary_widths = KVTaps(base_model).widths, KVTaps(auxiliary_model).widths
+    n, m = len(base_widths), len(auxiliary_widths)
+    layer_map = layer_map or [i * m // n for i in range(n)]
+    mx.random.seed(seed)
+    return KVPredictionModel(
+        base_model, auxiliary_model, Predictor(layer_map, auxiliary_widths, base_widths), **options
+    )
+
+
+def tokens(n: int, seed: int = 0, batch: int = 1) -> mx.array:
+    return mx.random.randint(1, 127, (batch, n), key=mx.random.key(seed))
+
+
+def kv_entries(cache) -> list[KV]:
+    """What attention sees of the base's entries: keys and values, a window's in order of time."""
+    seen = []
+    for entry in cache[:-1]:
+        keys, values = entry.keys_and_values()
+        if isinstance(entry, RotatingKVCache):
+            keys, values = (entry._temporal_order(a)[..., -entry.max_size :, :] for a in (keys, values))
+        seen.append(KV(keys, values))
+    return seen
+
+
+def difference(a, b) -> float:
+    """The largest absolute difference between two caches' base entries."""
+    pairs = [
+        (x, y) for p, q in zip(kv_entries(a), kv_entries(b), strict=True) for x, y in zip(p, q, strict=True)
+    ]
+    assert all(x.shape == y.shape for x, y in pairs), [(x.shape, y.shape) for x, y in pairs]
+    return max(float(mx.abs(x - y).max()) for x, y in pairs if x.size)
+
+
+def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]]):
+    """A prompt cache made without any of the pair's bookkeeping.
+
+    `parts` are ("predicted" | "exact", tokens) in order.  The auxiliary reads everything at once.
+    """
+    everything = mx.concatenate([t for _, t in parts], axis=1)
+    taps, auxiliary = KVTaps(model.base), KVTaps(model.auxiliary)
+    predicted = model.predictor(auxiliary.record(everything, make_prompt_cache(model.auxiliary))[0])
+    cache, start = make_prompt_cache(model.base), 0
+    for kind, part in parts:
+        end = start + part.shape[1]
+        if kind == "predicted":
+            taps.inject(
+                [KV(k[:, start:end], v[:, start:end]) for k, v in predicted], part, cache, logits=False
+            )
+        else:
+            model.base(part, cache=cache)
+        mx.eval([c.state for c in cache])
+        start = end
+    return [*cache, None]
