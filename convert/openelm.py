@@ -85,9 +85,9 @@ def mlx_lm_name(name: str) -> str:
 
 def _config(shapes: Shapes, layers: int) -> dict[str, Any]:
     vocab_size, model_dim = _two(shapes["token_embeddings.weight"])
-    head_dim = max(1, shapes["layers.0.attn.q_norm.weight"][0])
+    head_dim = max((1, *shapes["layers.0.attn.q_norm.weight"][:1]))
     query_dims = [_two(shapes[f"layers.{i}.attn.out_proj.weight"])[1] for i in range(layers)]
-    qkv_dims = [shapes[f"layers.{i}.attn.qkv_proj.weight"][0] for i in range(layers)]
+    qkv_dims = [_two(shapes[f"layers.{i}.attn.qkv_proj.weight"])[0] for i in range(layers)]
     ffn = [_two(shapes[f"layers.{i}.ffn.proj_2.weight"])[1] for i in range(layers)]
     return {
         "model_type": "openelm",

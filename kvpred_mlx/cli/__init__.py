@@ -9,6 +9,7 @@ import traceback
 import typer
 
 from kvpred_mlx.cli.convert import convert
+from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(convert)
 app.command()(info)
+app.command()(demo)
 
 
 def main() -> None:

@@ -1,0 +1,69 @@
+# kvpred-mlx. `make demo` and `make test` set everything up on a fresh machine; see `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# MLX backend: plain mlx on macOS; on Linux `cpu`, or `make BACKEND=cuda13` (cuda12).
+BACKEND ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
+# A pinned PyTorch reads the tests' .pt files; a conversion takes any from 2.6 on.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+RUNTIME := $(VENV)/.runtime-$(or $(BACKEND),metal)
+DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint convert openblas clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: openblas $(RUNTIME)  ## virtual environment, MLX backend, this package
+
+demo: setup  ## generate with the bundled pair, predicted and exact side by side
+	$(BIN)/kvpred-mlx demo
+
+test: setup $(DEV) lint  ## lint, types and tests
+	$(BIN)/python -m pytest -q tests
+
+lint: setup $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+convert: setup $(DEV)  ## CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
+	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || \
+	  { echo "usage: make convert CHECKPOINT=model.pt CONFIG=model.yaml [TOKENIZER=tokenizer.model] OUT=dir [ARGS=..]" >&2; exit 2; }
+	$(BIN)/kvpred-mlx convert --checkpoint "$(CHECKPOINT)" $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") --mlx-path "$(OUT)" $(ARGS)
+
+# The Linux wheel of mlx[cpu] carries a reference BLAS, 20 to 80 times slower than OpenBLAS.
+openblas:
+ifeq ($(BACKEND),cpu)
+	@if [ "$$(uname -s)" != Linux ] || ldconfig -p | grep -q 'libopenblas\.so'; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq libopenblas0; \
+	else echo "hint: install OpenBLAS (Debian: apt install libopenblas0), else matrix products are 20 to 80 times slower" >&2; fi
+endif
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The backends' wheels overwrite each other's files: a change of backend starts from none.
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	@if ls $(VENV)/.runtime-* >/dev/null 2>&1 && [ ! -e $@ ]; then \
+	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.dev-*; fi
+	$(PIP) install --editable '.$(if $(BACKEND),[$(BACKEND)])'
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,dev]'
+	@touch $@
+
+comma := ,
+
+clean:  ## remove the virtual environment and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
