@@ -80,6 +80,8 @@ def convert_checkpoint(
             convert_sentencepiece(tokenizer, directory)
             _check_vocabulary(tokenizer, plan.config.get("base", plan.config)["vocab_size"])
         _fill(plan, read, quantization, advance)
+        if quantization is not None and not quantization_config(plan.model):
+            raise ValueError(f"no weight's width is a multiple of the group size {quantization.group_size}")
         mlx_lm.utils.save_model(directory, plan.model)
         mlx_lm.utils.save_config(plan.config | quantization_config(plan.model), directory / "config.json")
 

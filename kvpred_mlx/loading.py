@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 import mlx_lm.utils
@@ -70,7 +70,7 @@ def load_model(path: str | Path, *, lazy: bool = False) -> KVPredictionModel:
         raise ValueError(f"{path}: damaged weights: {_one_line(error)}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
-    return model
+    return cast(KVPredictionModel, model)
 
 
 def save(

@@ -166,13 +166,32 @@ class KVPredictionModel(nn.Module):
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """A saved pair's `config.json`: two mlx-lm configs and what joins them."""
+    """A saved pair's `config.json`: two mlx-lm configs and what joins them.
+
+    Raises:
+        ValueError: an entry is not of its type.
+    """
 
     model_type: str
     base: dict[str, Any]
     auxiliary: dict[str, Any]
     layer_map: list[int]
     min_prompt_tokens: int = MIN_PROMPT_TOKENS
+
+    def __post_init__(self) -> None:
+        kinds = {"base": dict, "auxiliary": dict, "layer_map": list, "min_prompt_tokens": int}
+        wrong = [
+            f"{name} is {value!r}, expected {kind.__name__}"
+            for name, kind in kinds.items()
+            if type(value := getattr(self, name)) is not kind
+        ]
+        wrong += [
+            f"{n} has no model_type"
+            for n in ("base", "auxiliary")
+            if "model_type" not in (getattr(self, n) or {})
+        ]
+        if wrong:
+            raise ValueError("config.json: " + "; ".join(wrong))
 
 
 class Model(KVPredictionModel):

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import torch
-from conftest import DATA
 from kvpred_mlx.convert import checkpoint as conversion
 from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
 from kvpred_mlx.convert.openelm import compare_with_name, read_config
@@ -297,16 +296,13 @@ def test_tokenizer_comes_along(tmp_path):
         hard_vocab_limit=False,
         minloglevel=1,
     )
-    golden = DATA / "golden_tiny"
-    convert_checkpoint(
-        golden / "checkpoint.pt",
-        golden / "config.yaml",
-        tmp_path / "out",
-        tokenizer=tmp_path / "tokenizer.model",
-    )
-    _, tokenizer = load(tmp_path / "out")
-    assert tokenizer.decode(tokenizer.encode("return a", add_special_tokens=False)) == "return a"
     torch.manual_seed(0)
+    tokenizer_model = tmp_path / "tokenizer.model"
+    state = checkpoints.openelm_state(checkpoints.BASE_LAYERS, vocab_size=300)
+    path = checkpoints.save(state, tmp_path / "large.pt")
+    convert_checkpoint(path, None, tmp_path / "out", tokenizer=tokenizer_model)
+    _, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    assert tokenizer.decode(tokenizer.encode("return a", add_special_tokens=False)) == "return a"
     state = checkpoints.openelm_state(checkpoints.BASE_LAYERS, vocab_size=20)
     with pytest.raises(ValueError, match="tokens, but the model's embedding has 20 rows"):
         convert_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,11 +45,12 @@ def convert(
     if not quantize and (q_bits is not None or q_group_size is not None):
         raise typer.BadParameter("--q-bits and --q-group-size need -q", param_hint="--quantize")
     import mlx.core as mx
+    from rich.console import Console
     from rich.progress import Progress
 
     from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
 
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("Converting", total=None)
         convert_checkpoint(
             checkpoint,
