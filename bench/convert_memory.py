@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, config, out = (Path(folder, name) for name in ("model.pt", "model.yaml", "out"))
         write_checkpoint(checkpoint, config)
-        files = ["--checkpoint", checkpoint, "--config", config, "--mlx-path", out]
+        files = ["--checkpoint", str(checkpoint), "--config", str(config), "--mlx-path", str(out)]
         process = subprocess.Popen([sys.executable, "-m", "kvpred_mlx", "convert", *files, *arguments])
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
 
 def write_checkpoint(checkpoint: Path, config: Path) -> None:
     """Write a random checkpoint of `PAIR` and its YAML."""
-    _save(checkpoint)
+    # In a process of its own: Linux counts a parent's memory into the peak of the children it starts.
+    code = "import sys; from kvpred_mlx.bench.convert_memory import _save; _save(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, checkpoint], check=True)
     pair = facts()["pairs"][PAIR]
 
     def model(name: str) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def write_checkpoint(checkpoint: Path, config: Path) -> None:
     config.write_text(yaml.safe_dump({"model": {"language_modeling": models}}))
 
 
-def _save(path: Path) -> None:
+def _save(path: str) -> None:
     import torch
 
     pair = facts()["pairs"][PAIR]

@@ -31,7 +31,8 @@ class AuxiliaryCache(CacheList):
     """
 
     # Class attributes, because mlx-lm restores saved caches without calling `__init__`.
-    prompt_open = False  #: the last call was a predicted prompt chunk: whatever follows may continue it
+    prompt_open = False  #: a predicted prompt is under way: short calls may continue it
+    caught_up = False  #: the last call was predicted: the auxiliary has read all there is
     provisional = 0  #: tokens of the last call, if it was too short to tell a prompt's end from a draft
     _lengths: list[int] | None = None  # tokens still to come in each row of a right-padded batch
 
@@ -48,6 +49,10 @@ class AuxiliaryCache(CacheList):
         """The token log."""
         return self.caches[-1]
 
+    def close_prompt(self) -> None:
+        """What follows is not a continuation of the last prompt."""
+        self.prompt_open = self.caught_up = False
+
     def append(self, tokens: mx.array) -> mx.array:
         """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to."""
         ids = tokens.astype(mx.int32)[:, None, :, None]
@@ -59,7 +64,7 @@ class AuxiliaryCache(CacheList):
 
     def lags(self) -> list[int]:
         """How many logged tokens the auxiliary has not read, for each row of the batch."""
-        if self.prompt_open:  # a padded prompt's offsets are only put right at its end
+        if self.caught_up:  # a padded prompt's offsets are only put right at its end
             return [0]
         log, read = self.log.offset, self.auxiliary[0].offset
         return [log - read] if isinstance(log, int) else (log - read).tolist()
@@ -115,7 +120,8 @@ class AuxiliaryCache(CacheList):
 
     def trim(self, n: int) -> int:
         n = self.log.trim(n)
-        self.prompt_open, self.provisional = False, max(0, self.provisional - n)
+        self.close_prompt()
+        self.provisional = max(0, self.provisional - n)
         ahead = -min(self.lags())
         if ahead > 0:
             fits = all(c.is_trimmable() and c.size() >= ahead for c in self.auxiliary)
@@ -129,6 +135,7 @@ class AuxiliaryCache(CacheList):
     def extend(self, other: AuxiliaryCache) -> None:
         super().extend(other)
         self.prompt_open &= other.prompt_open
+        self.caught_up &= other.caught_up
 
     def extract(self, idx: int) -> AuxiliaryCache:
         # mlx-lm cannot extract a row of a cache that is still empty.

@@ -10,9 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.model import KVPredictionModel
 
 
 @dataclass
@@ -39,18 +43,18 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate`: the same arguments, the same tokens, responses with `ttft`.
 
-    Unlike mlx-lm, it honours `max_kv_size` for models that make their own cache.
+    It knows the whole prompt, so unlike mlx-lm's it predicts a pair's prompt whatever the
+    `prefill_step_size` is, and honours `max_kv_size`, which mlx-lm ignores for models that make their cache.
 
     Raises:
         ValueError: the prompt is empty, or has token ids outside the vocabulary.
     """
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
-    max_kv_size = kwargs.get("max_kv_size")
-    if max_kv_size is not None and draft_model is None and kwargs.get("prompt_cache") is None:
-        kwargs["prompt_cache"] = model.make_cache(max_kv_size)
     if draft_model is None:
         kwargs["prompt_progress_callback"] = clock
+        if isinstance(model, KVPredictionModel):
+            _announce(model, prompt.size, kwargs)
     responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
         clock.first_response()
@@ -85,6 +89,18 @@ def footer(response: GenerationResponse) -> str:
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
     )
+
+
+def _announce(model: KVPredictionModel, tokens: int, options: dict[str, Any]) -> None:
+    """Tell the cache that a long prompt comes, and cut it so that no chunk is a single token."""
+    if options.get("prompt_cache") is None:
+        options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
+    entry, before_last = options["prompt_cache"][-1], tokens - 1
+    if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
+        entry.prompt_open = True
+        step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
+        sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))
+        options["prefill_step_size"] = next(size for size in sizes if size > 1 and before_last % size != 1)
 
 
 class _FirstToken:

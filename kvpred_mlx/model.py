@@ -37,7 +37,8 @@ class KVPredictionModel(nn.Module):
         auxiliary: any mlx-lm model that `KVTaps` can record, with the same vocabulary.
         predictor: maps the auxiliary's keys and values to the base's.
         min_prompt_tokens: a call with fewer tokens runs the base alone, unless it continues a prompt
-            whose earlier chunk was predicted.  In a batch the longest row counts.
+            whose earlier chunk was predicted.  In a batch the longest row counts.  A chunk of one token
+            cannot be told from a prompt's last token and is always exact.
 
     Raises:
         UnsupportedModelError: if a model cannot be tapped; names the family and the reason.
@@ -80,7 +81,8 @@ class KVPredictionModel(nn.Module):
         if not isinstance(cache[-1], AuxiliaryCache):
             return self.base(inputs, cache=cache)
         *base_cache, entry = cache
-        if exact or inputs.shape[1] == 1 or not self._is_prompt(inputs, entry):
+        is_prompt = inputs.shape[1] >= self.min_prompt_tokens or entry.prompt_open
+        if exact or inputs.shape[1] == 1 or not is_prompt:
             return self._decode(inputs, base_cache, entry)
         return self._prefill(inputs, base_cache, entry)
 
@@ -104,16 +106,13 @@ class KVPredictionModel(nn.Module):
         layers = list(self.base.layers)
         return [*(layers[i % len(layers)] for i in range(entries)), self.auxiliary]
 
-    def _is_prompt(self, inputs: mx.array, entry: AuxiliaryCache) -> bool:
-        return inputs.shape[1] >= self.min_prompt_tokens or entry.prompt_open
-
     def _prefill(self, inputs: mx.array, base_cache: list[Any], entry: AuxiliaryCache) -> mx.array:
         """Predict the base's cache entries for `inputs`.
 
         The logits are lazy and mlx-lm never evaluates a prompt's; who does gets the teacher-forced ones.
-        A short call that follows a predicted chunk may be that prompt's remainder or a speculative decoder's
-        draft: its entries are predicted, its logits are exact, and if mlx-lm then winds the cache back it
-        was a draft, and the next call makes its entries exact (see `_decode`).
+        A short call that follows a predicted chunk may be that prompt's remainder, or a speculative decoder's
+        draft: its entries are predicted, its logits are exact, and if the cache is then wound back it was a
+        draft, and the next call makes its entries exact (see `_decode`).
         """
         short = inputs.shape[1] < self.min_prompt_tokens
         aside = copy.deepcopy(base_cache) if short or self._base_taps.fused else None
@@ -126,19 +125,21 @@ class KVPredictionModel(nn.Module):
                 else self._base_taps.inject(predicted, inputs, aside, logits=True)
             )
         entry.append(inputs)
-        entry.prompt_open, entry.provisional = True, inputs.shape[1] if short else 0
+        entry.prompt_open = entry.caught_up = True
+        entry.provisional = inputs.shape[1] if short else 0
         return logits
 
     def _decode(self, inputs: mx.array, base_cache: list[Any], entry: AuxiliaryCache) -> mx.array:
         """Run the base alone, and log the tokens for the auxiliary to catch up on later."""
-        redo = 0 if entry.prompt_open else entry.provisional
+        redo = 0 if entry.caught_up else entry.provisional
         if redo and can_trim_prompt_cache(base_cache):
             trim_prompt_cache(base_cache, redo)
             again = mx.concatenate([entry.tail(redo).astype(inputs.dtype), inputs], axis=1)
             logits = self.base(again, cache=base_cache)[:, redo:]
         else:
             logits = self.base(inputs, cache=base_cache)
-        entry.prompt_open, entry.provisional = False, 0
+        entry.close_prompt()
+        entry.provisional = 0
         # Tied to the logits, so that the log is evaluated step by step and not as one long graph.
         return mx.depends(logits, entry.append(inputs))
 

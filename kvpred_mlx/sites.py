@@ -81,16 +81,17 @@ def project(projection: nn.Module, x: mx.array) -> mx.array:
 
 
 def check_caches(family: str, caches: list[Any]) -> None:
+    """Refuse a model whose caches hold anything but attention keys and values."""
     names = sorted({type(c).__name__ for c in caches if type(c) not in ATTENTION_CACHES})
-    if any(n == "CacheList" for n in names):
-        raise UnsupportedModelError(
-            f"{family}: a layer keeps several caches (CacheList), which keys and values alone cannot fill"
-        )
+    reasons = {
+        "ArraysCache": "recurrent or convolutional state",
+        "CacheList": "several caches",
+    }
     if names:
-        raise UnsupportedModelError(
-            f"{family}: a layer keeps recurrent or convolutional state ({', '.join(names)}), "
-            "which keys and values alone cannot fill"
+        kept = ", ".join(
+            f"{reasons.get(n, 'state other than attention keys and values')} ({n})" for n in names
         )
+        raise UnsupportedModelError(f"{family}: a layer keeps {kept}, which cannot be predicted")
     if not caches:
         raise UnsupportedModelError(f"{family}: the model has no key-value cache")
 
@@ -116,14 +117,9 @@ def group_calls(
     if not groups:
         raise UnsupportedModelError(f"{family}: no key and value projections were found by name")
     for (layer, _), group in groups.items():
-        if set(group) not in ({"key", "value"}, {"fused"}):
+        if set(group) not in ({"key", "value"}, {"fused"}, {"key"}):  # a key alone is its value too
             raise UnsupportedModelError(
                 f"{family}: layer {layer} has {' and '.join(sorted(group))} projections, "
                 "expected key and value, or one fused projection"
             )
     return [tuple(group[k] for k in ("key", "value", "fused") if k in group) for group in groups.values()]
-
-
-def out_dims(projection: nn.Module) -> int:
-    inner = projection.get("linear", projection)  # LoRA wraps the layer it adapts
-    return inner["weight"].shape[0]

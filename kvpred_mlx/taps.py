@@ -31,7 +31,6 @@ from kvpred_mlx.sites import (
     check_caches,
     find_sites,
     group_calls,
-    out_dims,
     project,
     take_columns,
 )
@@ -54,6 +53,26 @@ class _Tap:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._projection, name)
+
+
+class _FirstLayers(list):
+    """The first `n` layers for the thread that cut the model, all of them for every other."""
+
+    def __init__(self, layers: list[nn.Module], n: int | None):
+        super().__init__(layers)
+        self._n, self._thread = n, threading.get_ident()
+
+    def _seen(self) -> list[nn.Module]:
+        return list.__getitem__(self, slice(self._n if threading.get_ident() == self._thread else None))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._seen())
+
+    def __len__(self) -> int:
+        return len(self._seen())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._seen()[index]
 
 
 @contextmanager
@@ -92,12 +111,13 @@ class KVTaps:
         sites = list(find_sites(model))
         self._sites = sites
         self._pieces: dict[int, list[int]] = {}
+        self._out_dims: dict[int, int] = {}
         calls = self._dry_run(make_prompt_cache(model))
         # Layers that borrow keys and values find them in the cache; without one they make their own.
         self._needs_cache = calls != self._dry_run(None)
         self._layers = group_calls(self.family, sites, calls)
         self._fused: list[FusedColumns | None] = [None] * len(self._layers)
-        dims = [[out_dims(sites[s].projection) for s, _ in layer] for layer in self._layers]
+        dims = [[self._out_dims[s] for s, _ in layer] for layer in self._layers]
         self.widths = [(d[0], d[-1]) for d in dims]
         self._find_fused_columns()
         self._check_injection()
@@ -136,11 +156,14 @@ class KVTaps:
                 fused projections are left out, else the cached entries would depend on them.
 
         Raises:
-            ValueError: if the number or the widths of `kv` are not this model's.
+            ValueError: if the number, the widths or the tokens of `kv` are not as expected.
         """
         given = [(k.shape[-1], v.shape[-1]) for k, v in kv]
         if given != self.widths:
             raise ValueError(f"{self.family}: injected key and value widths {given}, expected {self.widths}")
+        shapes = {a.shape[:-1] for pair in kv for a in pair}
+        if shapes != {tokens.shape}:
+            raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
         arrays = self._arrays(kv)
 
         def give(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
@@ -162,7 +185,7 @@ class KVTaps:
         owners = _layer_list_owners(self.model) if n is not None else []
         with _lock, ExitStack() as stack:
             for owner, name in owners:
-                stack.enter_context(_shadowed(owner, name, owner[name][:n]))
+                stack.enter_context(_shadowed(owner, name, _FirstLayers(owner[name], n)))
             yield
 
     def depth(self, kv_layers: int) -> tuple[int, int] | None:
@@ -171,12 +194,14 @@ class KVTaps:
         Returns None if the model must run whole (it needs all, or its layers cannot be cut short).
         """
         n = max(self._sites[self._layers[i][0][0]].layer for i in range(kv_layers)) + 1
-        if n >= len(self.model.layers) or not _layer_list_owners(self.model):
+        looped = any(nth for calls in self._layers for _, nth in calls)
+        if looped or n >= len(self.model.layers) or not _layer_list_owners(self.model):
             return None
         try:
             with self.first_layers(n):
                 cache = make_prompt_cache(self.model)
                 found = len(self.record(mx.array([[0, 0]]), cache)[0])
+                self.record(mx.array([[0, 0]]))  # without a cache too: some index their caches by layer
         except (
             IndexError,
             KeyError,
@@ -215,9 +240,11 @@ class KVTaps:
             output = projection(x)
             if not isinstance(output, mx.array):
                 self._pieces[site] = list(accumulate(piece.shape[-1] for piece in output))[:-1]
-            return project(projection, x)
+            whole = project(projection, x)
+            self._out_dims[site] = whole.shape[-1]
+            return whole
 
-        self._run(mx.array([[0, 0]]), cache, note)
+        self._vocabulary = self._run(mx.array([[0, 0]]), cache, note).shape[-1]
         return calls
 
     def _kv(self, layer: int, outputs: dict[tuple[int, int], mx.array]) -> KV:
@@ -280,13 +307,14 @@ class KVTaps:
         """Prove that the cache depends on nothing but the injected arrays: other tokens, same cache."""
         keys = [mx.random.key(i) for i in range(len(self))]
         kv = [
-            KV(*(mx.random.normal((1, 2, w), key=k) for w in ws))
+            KV(*(mx.random.normal((1, 16, w), key=k) for w in ws))
             for ws, k in zip(self.widths, keys, strict=True)
         ]
         states = []
-        for tokens in ([[0, 1]], [[1, 0]]):
+        for seed in (0, 1):  # tokens from all over the vocabulary: some may be untrained and alike
+            tokens = mx.random.randint(0, self._vocabulary, (1, 16), key=mx.random.key(seed))
             cache = make_prompt_cache(self.model)
-            self.inject(kv, mx.array(tokens), cache, logits=False)
+            self.inject(kv, tokens, cache, logits=False)
             leaves = dict(tree_flatten([c.state for c in cache])).values()
             states.append([a for a in leaves if isinstance(a, mx.array)])
         same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*states, strict=True)]

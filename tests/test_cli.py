@@ -217,7 +217,9 @@ def test_convert(run, tmp_path):
     assert run(*arguments, "--mlx-path", out, "--overwrite", "--dtype", "float16")[0] == 0
     fails(run(*arguments, "--mlx-path", tmp_path / "b", "--q-bits", 4), 2, "need -q")
     fails(run(*arguments, "--mlx-path", tmp_path / "b", "-q", "--q-group-size", 48), 1, "group size 48")
-    fails(run(*arguments, "--mlx-path", tmp_path / "b", "-q", "--q-bits", 7, "--q-group-size", 32), 1, "bits 7")
+    fails(
+        run(*arguments, "--mlx-path", tmp_path / "b", "-q", "--q-bits", 7, "--q-group-size", 32), 1, "bits 7"
+    )
     fails(run("convert", "--mlx-path", tmp_path / "b"), 2, "--checkpoint")
     fails(
         run("convert", "--checkpoint", tmp_path / "none.pt", "--mlx-path", tmp_path / "b"), 1, "no such file"

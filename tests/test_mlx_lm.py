@@ -72,18 +72,29 @@ def test_exact_is_mlx_lm_s_generate_of_the_base(demo_pair):
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("step", [16, 64, 2048])
-def test_prefill_step_size_does_not_change_the_tokens(demo_pair, step):
+@pytest.mark.parametrize("step", [33, 64, 2048])
+def test_prefill_step_size_does_not_change_mlx_lm_s_tokens(demo_pair, step):
     model, tokenizer = demo_pair
     ids = mx.array(tokenizer.encode(PROMPT))
-    model.min_prompt_tokens = min(step, 32)
-    try:
-        found = list(generate_step(ids, model, max_tokens=6, prefill_step_size=step))
-    finally:
-        model.min_prompt_tokens = 32
+    found = list(generate_step(ids, model, max_tokens=6, prefill_step_size=step))
     expected = list(generate_step(ids, model, max_tokens=6))
     assert [t for t, _ in found] == [t for t, _ in expected]
     assert all(mx.allclose(a, b, atol=1e-3) for (_, a), (_, b) in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [34, 65, 66, 71])
+@pytest.mark.parametrize("step", [1, 2, 7, 16, 64])
+def test_any_step_size_gives_the_same_cache(demo_pair, length, step):
+    """Also steps under `min_prompt_tokens`, and those that would leave a single token over."""
+    model, tokenizer = demo_pair
+    ids = tokenizer.encode(PROMPT)[:length]
+    caches = []
+    for size in (step, 2048):
+        cache = model.make_cache()
+        options = {"max_tokens": 1, "prompt_cache": cache, "prefill_step_size": size}
+        list(kvpred_mlx.stream_generate(model, tokenizer, ids, **options))
+        caches.append(cache)
+    assert difference(*caches) < 1e-4
 
 
 def test_prompt_cache_files(demo_pair, tmp_path):
