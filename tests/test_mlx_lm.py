@@ -125,7 +125,12 @@ def test_prompt_cache_file_loads_before_any_pair(demo_pair, tmp_path):
 
 @pytest.mark.parametrize("options", [{"max_kv_size": 64}, {"kv_bits": 8, "quantized_kv_start": 0}])
 def test_cache_options(demo_pair, options):
-    assert kvpred_mlx.generate(*demo_pair, PROMPT, max_tokens=8, **options)
+    model, tokenizer = demo_pair
+    cache = model.make_cache(options.get("max_kv_size"))
+    for _ in range(2):  # the second turn goes on in a rotated or quantized cache
+        options["prompt_cache"] = cache
+        assert kvpred_mlx.generate(model, tokenizer, PROMPT, max_tokens=8, prefill_step_size=50, **options)
+    assert kvpred_mlx.generate(*demo_pair, PROMPT, max_tokens=8, **(options | {"prompt_cache": None}))
 
 
 def test_max_kv_size_is_honoured():

@@ -316,3 +316,97 @@ def test_wrong_parts_are_refused():
         KVPredictionModel(build("mamba"), build("llama"), Predictor([0], [(1, 1)], [(1, 1)]))
     with pytest.raises(ValueError, match="predictor does not fit the models: base key and value widths"):
         KVPredictionModel(build("llama"), build("llama"), Predictor([0], [(32, 32)] * 4, [(32, 32)]))
+
+
+def finished(generator):
+    """Run a batch generator to its end: the final response of each prompt, by uid."""
+    done = {}
+    while responses := generator.next_generated():
+        done |= {r.uid: r for r in responses if r.finish_reason}
+    return done
+
+
+@pytest.mark.parametrize(
+    ("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm"), ("qwen3", "gemma3_text")]
+)
+def test_three_turns_of_three_conversations_in_one_batch(base, auxiliary):
+    model, caches, parts = make_pair(base, auxiliary), None, [[], [], []]
+    for turn in range(3):
+        prompts = [tokens(35 + 10 * row + turn, seed=100 * turn + row)[0].tolist() for row in range(3)]
+        generator = BatchGenerator(model, max_tokens=4, prefill_step_size=40)
+        uids = generator.insert(prompts, max_tokens=[2, 3, 4], caches=caches)
+        done = finished(generator)
+        caches = [done[uid].prompt_cache for uid in uids]
+        for row, (uid, prompt) in enumerate(zip(uids, prompts, strict=True)):
+            answer = done[uid].all_tokens[len(prompt) - 1 :]
+            parts[row] += [
+                ("predicted", mx.array([prompt[:-1]])),
+                *(("exact", mx.array([[t]])) for t in answer),
+            ]
+    for cache, expected in zip(caches, parts, strict=True):
+        assert difference(cache, reference_cache(model, expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm"), ("qwen3", "gemma3_text")]
+)
+def test_prompts_that_join_a_batch_in_mid_prompt(base, auxiliary):
+    model = make_pair(base, auxiliary)
+    generator = BatchGenerator(model, max_tokens=6, prefill_step_size=36, prefill_batch_size=4)
+    prompts = [tokens(n + 1, seed=n)[0].tolist() for n in (150, 40, 100, 80)]
+    uids, done = generator.insert(prompts[:1]), {}
+    for prompt in prompts[1:]:
+        _, responses = generator.next()
+        done |= {r.uid: r for r in responses if r.finish_reason}
+        uids += generator.insert([prompt])
+    done |= finished(generator)
+    for uid, prompt in zip(uids, prompts, strict=True):
+        alone = prefill(model, mx.array([prompt[:-1]]))
+        decode(model, alone, mx.array([done[uid].all_tokens[len(prompt) - 1 :]]))
+        assert difference(done[uid].prompt_cache, alone) < TOLERANCE
+
+
+def test_batch_in_which_some_auxiliaries_have_read_nothing():
+    model = make_pair()
+    short, long = prefill(model, tokens(10, 1)), prefill(model, tokens(40, 3))
+    prompts = [tokens(n, n)[0].tolist() for n in (41, 36, 50)]
+    generator = BatchGenerator(model, max_tokens=1)
+    uids = generator.insert(prompts, caches=[short, long, model.make_cache()])
+    done = finished(generator)
+    before = [[("exact", tokens(10, 1))], [("predicted", tokens(40, 3))], []]
+    for uid, prompt, parts in zip(uids, prompts, before, strict=True):
+        answer = done[uid].all_tokens[len(prompt) - 1 :]
+        parts += [("predicted", mx.array([prompt[:-1]])), *(("exact", mx.array([[t]])) for t in answer)]
+        assert difference(done[uid].prompt_cache, reference_cache(model, parts)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm")])
+def test_continuations_are_scored_on_the_predicted_context(base, auxiliary):
+    """As lm-eval scores: short continuations exactly, long ones in the teacher-forced form."""
+    model, context = make_pair(base, auxiliary), tokens(60)
+    cache = prefill(model, context)
+    for n in (1, 2, 20, 31):
+        expected = model.base(tokens(n, n), cache=reference_cache(model, [("predicted", context)])[:-1])
+        assert mx.allclose(model(tokens(n, n), cache=copy.deepcopy(cache)), expected, atol=TOLERANCE)
+    long = tokens(40, 5)
+    expected = model(mx.concatenate([context, long], axis=1))[:, 60:]
+    assert mx.allclose(model(long, cache=copy.deepcopy(cache)), expected, atol=TOLERANCE)
+
+
+def test_exact_may_be_switched_in_a_conversation():
+    model, (a, b, c) = make_pair(), (tokens(n, n) for n in (40, 50, 45))
+    cache = prefill(model, a)
+    model(b, cache=cache, exact=True)
+    prefill(model, c, cache=cache)
+    parts = [("predicted", a), ("exact", b), ("predicted", c)]
+    assert difference(cache, reference_cache(model, parts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("trimmed", [43, 400])
+def test_cache_trimmed_to_nothing_starts_anew(trimmed):
+    model = make_pair("qwen3", "gemma3_text")
+    cache = prefill(model, tokens(40))
+    decode(model, cache, tokens(3, 9))
+    trim_prompt_cache(cache, trimmed)
+    prefill(model, tokens(50, 5), cache=cache)
+    assert difference(cache, reference_cache(model, [("predicted", tokens(50, 5))])) < TOLERANCE
