@@ -10,10 +10,11 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUNTIME := $(VENV)/.runtime-$(or $(BACKEND),metal)
+BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint convert openblas clean
+.PHONY: help setup demo test lint bench readme convert openblas clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +31,12 @@ lint: setup $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="--model PAIR --prompt-lens 512,2048"]
+	$(BIN)/kvpred-mlx bench $(or $(ARGS),--prompt-lens 128,512 --trials 3)
+
+readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md
+	$(BIN)/python -m kvpred_mlx.bench.readme README.md
 
 convert: setup $(DEV)  ## CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
 	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || \
@@ -54,13 +61,17 @@ $(BIN)/python:
 # The backends' wheels overwrite each other's files: a change of backend starts from none.
 $(RUNTIME): pyproject.toml | $(BIN)/python
 	@if ls $(VENV)/.runtime-* >/dev/null 2>&1 && [ ! -e $@ ]; then \
-	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.dev-*; fi
+	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.bench-* $(VENV)/.dev-*; fi
 	$(PIP) install --editable '.$(if $(BACKEND),[$(BACKEND)])'
+	@touch $@
+
+$(BENCH): $(RUNTIME)
+	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))bench]'
 	@touch $@
 
 $(DEV): $(RUNTIME)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,dev]'
+	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,dev]'
 	@touch $@
 
 comma := ,

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import sentencepiece
-from kvpred_mlx.convert import corenet, openelm
-from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from mlx.utils import tree_flatten
 
+from kvpred_mlx.convert import corenet, openelm
+from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import check_absent, new_directory
 from kvpred_mlx.loading import pair_config, quantization_config
 from kvpred_mlx.model import Model, ModelArgs, build_model

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kvpred_mlx.published import openelm_shape
+from kvpred_mlx.published import OpenELMShape, openelm_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER_TENSORS = (
@@ -89,21 +89,14 @@ def _config(shapes: Shapes, layers: int) -> dict[str, Any]:
     query_dims = [_two(shapes[f"layers.{i}.attn.out_proj.weight"])[1] for i in range(layers)]
     qkv_dims = [_two(shapes[f"layers.{i}.attn.qkv_proj.weight"])[0] for i in range(layers)]
     ffn = [_two(shapes[f"layers.{i}.ffn.proj_2.weight"])[1] for i in range(layers)]
-    return {
-        "model_type": "openelm",
-        "vocab_size": vocab_size,
-        "model_dim": model_dim,
-        "head_dim": head_dim,
-        "num_transformer_layers": layers,
-        "num_query_heads": [q // head_dim for q in query_dims],
-        "num_kv_heads": [(qkv - q) // head_dim // 2 for qkv, q in zip(qkv_dims, query_dims, strict=True)],
-        # mlx-lm rounds multiplier * model_dim to a multiple of the divisor: 1 keeps any width as it is.
-        "ffn_multipliers": [f / max(1, model_dim) for f in ffn],
-        "ffn_dim_divisor": 1,
-        "share_input_output_layers": CLASSIFIER not in shapes,
-        "rope_freq_constant": 10000,
-        "rms_norm_eps": 1e-6,
-    }
+    shape = OpenELMShape(
+        model_dim,
+        head_dim,
+        tuple(q // head_dim for q in query_dims),
+        tuple((qkv - q) // head_dim // 2 for qkv, q in zip(qkv_dims, query_dims, strict=True)),
+        tuple(ffn),
+    )
+    return shape.config(vocab_size, tied=CLASSIFIER not in shapes)
 
 
 def _expected(config: dict[str, Any], shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:

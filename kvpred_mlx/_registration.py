@@ -57,4 +57,11 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module("kvpred_mlx.model")
+        if not _importing():
+            importlib.import_module("kvpred_mlx.model")
+
+
+def _importing() -> bool:
+    """Whether it is a module of ours that imports mlx-lm: `kvpred_mlx.model` may need that one whole."""
+    ours = [module for name, module in [*sys.modules.items()] if name.startswith("kvpred_mlx.")]
+    return any(getattr(module.__spec__, "_initializing", False) for module in ours)

@@ -54,7 +54,7 @@ def stream_generate(
     if draft_model is None:
         kwargs["prompt_progress_callback"] = clock
         if isinstance(model, KVPredictionModel):
-            _announce(model, prompt.size, kwargs)
+            announce_prompt(model, prompt.size, kwargs)
     responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
         clock.first_response()
@@ -91,7 +91,7 @@ def footer(response: GenerationResponse) -> str:
     )
 
 
-def _announce(model: KVPredictionModel, tokens: int, options: dict[str, Any]) -> None:
+def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, Any]) -> None:
     """Tell the cache that a long prompt comes, and cut it so that no chunk is a single token."""
     if options.get("prompt_cache") is None:
         options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))

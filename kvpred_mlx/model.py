@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from kvpred_mlx import cpu_prefill
 from kvpred_mlx._registration import announce
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.predictor import Predictor
@@ -86,6 +89,24 @@ class KVPredictionModel(nn.Module):
             return self._decode(inputs, base_cache, entry)
         return self._prefill(inputs, base_cache, entry)
 
+    def auxiliary_kv(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[KV]:
+        """Raw keys and values of the auxiliary's layers for `tokens` [B, L], as far as the predictor reads.
+
+        Args:
+            caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.
+        """
+        if self._depth is None:
+            return self._auxiliary_taps.record(tokens, list(caches) if caches is not None else None)[0]
+        layers, entries = self._depth
+        if caches is not None:  # layers that do not run still have their masks made from their caches
+            caches = [*caches, *make_prompt_cache(self.auxiliary)[entries:]]
+        with self._auxiliary_taps.first_layers(layers):
+            return self._auxiliary_taps.record(tokens, caches)[0]
+
+    def fill(self, predicted: list[KV], tokens: mx.array, base_cache: list[Any]) -> None:
+        """Append predicted raw keys and values of `tokens` [B, L] to the base's caches."""
+        self._base_taps.inject(predicted, tokens, base_cache, logits=False)
+
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """The base's caches and one `AuxiliaryCache`; `max_kv_size` as in mlx-lm's `make_prompt_cache`."""
         entries = None if self._depth is None else self._depth[1]
@@ -146,23 +167,13 @@ class KVPredictionModel(nn.Module):
     def _predict(self, inputs: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
         """Predicted raw base keys and values of `inputs` [B, L]; the auxiliary catches up first."""
         if entry is None:
-            recorded, _ = self._record(inputs, None)
-            return self.predictor(recorded)
+            return self.predictor(self.auxiliary_kv(inputs))
         reading = entry.catch_up(inputs)
         reading.prepare(entry.auxiliary)
-        recorded, _ = self._record(reading.tokens, entry.auxiliary)
+        recorded = cpu_prefill.read(partial(self.auxiliary_kv, caches=entry.auxiliary), reading.tokens)
         reading.finalize(entry.auxiliary)
         new = inputs.shape[1]
         return self.predictor([KV(*(reading.predicted(a, new) for a in kv)) for kv in recorded])
-
-    def _record(self, tokens: mx.array, caches: Any) -> tuple[list[KV], mx.array]:
-        if self._depth is None:
-            return self._auxiliary_taps.record(tokens, caches and list(caches))
-        layers, entries = self._depth
-        if caches is not None:  # layers that do not run still have their masks made from their caches
-            caches = [*caches, *make_prompt_cache(self.auxiliary)[entries:]]
-        with self._auxiliary_taps.first_layers(layers):
-            return self._auxiliary_taps.record(tokens, caches)
 
 
 @dataclass

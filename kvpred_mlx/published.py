@@ -21,6 +21,28 @@ class OpenELMShape:
     kv_heads: tuple[int, ...]
     ffn_dims: tuple[int, ...]
 
+    def config(self, vocab_size: int, tied: bool = True) -> dict[str, Any]:
+        """mlx-lm's config; RoPE's base and the norms' eps are CoreNet's constants.
+
+        Args:
+            tied: the output projection is the token embedding.
+        """
+        return {
+            "model_type": "openelm",
+            "vocab_size": vocab_size,
+            "model_dim": self.model_dim,
+            "head_dim": self.head_dim,
+            "num_transformer_layers": len(self.ffn_dims),
+            "num_query_heads": list(self.query_heads),
+            "num_kv_heads": list(self.kv_heads),
+            # mlx-lm rounds multiplier * model_dim to a multiple of the divisor: 1 keeps any width as it is.
+            "ffn_multipliers": [f / max(1, self.model_dim) for f in self.ffn_dims],
+            "ffn_dim_divisor": 1,
+            "share_input_output_layers": tied,
+            "rope_freq_constant": 10000,
+            "rms_norm_eps": 1e-6,
+        }
+
 
 @cache
 def facts() -> dict[str, Any]:

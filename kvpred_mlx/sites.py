@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -63,9 +64,12 @@ class FusedColumns:
         return KV(take_columns(output, self.keys), take_columns(output, self.values))
 
     def join(self, rest: mx.array, kv: KV) -> mx.array:
-        joined = mx.concatenate([rest, kv.keys, kv.values], axis=-1)
-        order = sorted(range(joined.shape[-1]), key=[*self.rest, *self.keys, *self.values].__getitem__)
-        return take_columns(joined, order)
+        return take_columns(mx.concatenate([rest, kv.keys, kv.values], axis=-1), self._order)
+
+    @cached_property
+    def _order(self) -> list[int]:
+        columns = [*self.rest, *self.keys, *self.values]
+        return sorted(range(len(columns)), key=columns.__getitem__)
 
 
 def take_columns(array: mx.array, columns: list[int]) -> mx.array:

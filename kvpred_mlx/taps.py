@@ -174,7 +174,7 @@ class KVTaps:
             if logits:
                 rest = take_columns(project(projection, x), fused.rest)
             else:
-                rest = mx.zeros((*x.shape[:-1], len(fused.rest)), x.dtype)
+                rest = mx.broadcast_to(mx.array(0, x.dtype), (*x.shape[:-1], len(fused.rest)))
             return fused.join(rest, KV(*(a.astype(x.dtype) for a in kv[layer])))
 
         return self._run(tokens, cache, give)

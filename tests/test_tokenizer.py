@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper, load
 from sentencepiece import sentencepiece_model_pb2
+
+from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 
 CORPUS = (
     inspect.getsource(argparse) + inspect.getsource(json.encoder) + "naïve façade, 東京タワー, ½ µm\n" * 40

@@ -8,6 +8,7 @@ import traceback
 
 import typer
 
+from kvpred_mlx.cli.bench import bench
 from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.generate import generate
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(bench)
 app.command()(convert)
 app.command()(info)
 app.command()(demo)
@@ -46,6 +48,6 @@ def _report(error: Exception) -> int:
     """Print one line for `error` and return the exit code."""
     usage = getattr(error, "format_message", None)  # typer's own errors, in every version of it
     message = " ".join(str(usage() if usage else error).split()) or type(error).__name__
-    known = usage or isinstance(error, OSError | ValueError | ImportError)
+    known = usage or isinstance(error, OSError | ValueError | ImportError | MemoryError)
     print(f"kvpred-mlx: error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
     return getattr(error, "exit_code", 1) if usage else 1

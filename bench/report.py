@@ -1,0 +1,222 @@
+"""Results for people: tables for the terminal, rows for CSV, Markdown for the README, and what to be wary of."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from kvpred_mlx.bench.run import Results
+from kvpred_mlx.bench.statistics import Interval, ratio_of_medians
+
+BEST = "best step sizes"
+MODE_NAMES = {"exact": "full base prefill", "predicted": "KV prediction", "auxiliary": "auxiliary alone"}
+
+
+def tables(results: Results) -> Group:
+    """Times, ratios and parts of a bench."""
+    return Group(
+        *(table for table in (_times(results), _ratios(results), _parts(results)) if table.row_count)
+    )
+
+
+def remarks(results: Results) -> list[str]:
+    """Warnings, skipped shapes, and whether the bench was cut short; one line each."""
+    lines = [f"warning: {text}" for text in results["warnings"]]
+    for shape in results["shapes"]:
+        lines += [f"warning: {_size(shape)}: {text}" for text in shape["warnings"]]
+    lines += [f"skipped: {_size(shape)}: {shape['reason']}" for shape in results["skipped"]]
+    return lines if results["complete"] else [*lines, "interrupted: these are the shapes that were finished"]
+
+
+def machine_line(results: Results) -> str:
+    """What the bench ran on, in one line."""
+    m, v = results["machine"], results["machine"]["versions"]
+    threads = f", {m['blas_threads']} threads" if m["blas_threads"] else ""
+    return (
+        f"{m['processor']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}; "
+        f"MLX {v['mlx']} {m['device']}, {results['pair']['dtype']}, BLAS: {m['blas']}{threads}; "
+        f"mlx-lm {v['mlx-lm']}; matrix products at most "
+        f"{results['matrix_product_flops_per_second'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+def csv_text(results: Results) -> str:
+    """One row for each trial."""
+    rows = list(_csv_rows(results))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else ["pair"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown(results: Results) -> str:
+    """The ratios as a Markdown table."""
+    lines = [
+        "| Prompt | Batch | Compared | Full prefill | KV prediction | Times sooner (95 %) | FLOPs allow |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape, ratio, exact, predicted in _compared(results):
+        lines.append(
+            f"| {shape['prompt_tokens']} | {shape['batch_size']} | {_steps(ratio)} | {exact:.2f} s | "
+            f"{predicted:.2f} s | {_interval(ratio)} | {shape['flops_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def compare(a: Results, b: Results) -> Table:
+    """The change of every ratio from one bench to another, at the shapes and comparisons that both have."""
+    table = Table(title="times sooner, B / A", caption="95 % bootstrap intervals")
+    for column in ("prompt", "batch", "compared", "A", "B", "B / A"):
+        table.add_column(column, justify="right")
+    samples_b = dict(_samples(b))
+    for key, before in _samples(a):
+        if key in samples_b:
+            after = samples_b[key]
+            change = ratio_of_medians(after, before)
+            table.add_row(*map(str, key), f"{median(before):.2f}", f"{median(after):.2f}", str(change))
+    return table
+
+
+def _times(results: Results) -> Table:
+    table = Table(title=f"{results['pair']['name']}, {results['pair']['dtype']}: time to first token")
+    for column in (
+        "prompt",
+        "batch",
+        "mode",
+        "step",
+        "TTFT",
+        "spread",
+        "GFLOP/s",
+        "decode tok/s",
+        "peak GB",
+        "cache MB",
+    ):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for shape in results["shapes"]:
+        for run in shape["runs"]:
+            last = run["trials"][-1]
+            rates = [t["decode_tokens_per_second"] for t in run["trials"]]
+            table.add_row(
+                str(shape["prompt_tokens"]),
+                str(shape["batch_size"]),
+                MODE_NAMES[run["mode"]],
+                str(run["prefill_step_size"]),
+                f"{run['ttft']:.3f} s",
+                f"{run['ttft_spread']:.0%}",
+                f"{run['flops_per_second'] / 1e9:.0f}",
+                f"{median(rates):.1f}" if None not in rates else "",
+                f"{max(t['peak_bytes'] for t in run['trials']) / 1e9:.2f}",
+                f"{last['cache_bytes'] / 1e6:.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def _ratios(results: Results) -> Table:
+    table = Table(title="how many times sooner", caption="median of trial pairs, 95 % bootstrap interval")
+    for column in ("prompt", "batch", "compared", "measured", "FLOPs allow", "quotient"):
+        table.add_column(column, justify="right")
+    for shape, ratio, _, _ in _compared(results):
+        table.add_row(
+            str(shape["prompt_tokens"]),
+            str(shape["batch_size"]),
+            _steps(ratio),
+            _interval(ratio),
+            f"{shape['flops_ratio']:.2f}",
+            f"{ratio['quotient']:.2f}",
+        )
+    return table
+
+
+def _parts(results: Results) -> Table:
+    table = Table(
+        title="parts of a predicted TTFT",
+        caption="measured by themselves, each evaluated before the next begins: their sum is not the TTFT",
+    )
+    for column in (
+        "prompt",
+        "batch",
+        "auxiliary",
+        "projection and cache",
+        "base step",
+        "TTFT / (auxiliary + step)",
+    ):
+        table.add_column(column, justify="right")
+    for shape in results["shapes"]:
+        if shape["parts"]:
+            auxiliary, projection, step = (
+                part_medians(shape)[k] for k in ("auxiliary", "projection", "base_step")
+            )
+            predicted = next(r["ttft"] for r in shape["runs"] if r["mode"] == "predicted")
+            table.add_row(
+                str(shape["prompt_tokens"]),
+                str(shape["batch_size"]),
+                *(f"{seconds:.3f} s" for seconds in (auxiliary, projection, step)),
+                f"{predicted / (auxiliary + step):.3f}",
+            )
+    return table
+
+
+def part_medians(shape: dict[str, Any]) -> dict[str, float]:
+    """The median seconds of each part of a shape's predicted TTFT."""
+    return {k: median(p[k] for p in shape["parts"]) for k in ("auxiliary", "projection", "base_step")}
+
+
+def _compared(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any], float, float]]:
+    """Shape, ratio, and the two TTFTs that it compares."""
+    for shape in results["shapes"]:
+        ttft = {(r["mode"], r["prefill_step_size"]): r["ttft"] for r in shape["runs"]}
+        for ratio in shape["ratios"]:
+            chosen = (ttft[m, ratio[f"{m}_step_size"]] for m in ("exact", "predicted"))
+            yield shape, ratio, *chosen
+
+
+def _samples(results: Results) -> Iterator[tuple[tuple[Any, ...], list[float]]]:
+    for shape, ratio, _, _ in _compared(results):
+        seconds = {
+            r["mode"]: [t["ttft"] for t in r["trials"]]
+            for r in shape["runs"]
+            if r["prefill_step_size"] == ratio.get(f"{r['mode']}_step_size")
+        }
+        pairs = zip(seconds["exact"], seconds["predicted"], strict=True)
+        key = (shape["prompt_tokens"], shape["batch_size"], ratio["compared"])
+        yield key, [exact / predicted for exact, predicted in pairs]
+
+
+def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
+    for shape in results["shapes"]:
+        for run in shape["runs"]:
+            for i, trial in enumerate(run["trials"]):
+                yield {
+                    "pair": results["pair"]["name"],
+                    "dtype": results["pair"]["dtype"],
+                    "device": results["machine"]["device"],
+                    "prompt_tokens": shape["prompt_tokens"],
+                    "batch_size": shape["batch_size"],
+                    "mode": run["mode"],
+                    "prefill_step_size": run["prefill_step_size"],
+                    "trial": i,
+                    "flops": shape["flops"][run["mode"]],
+                    **trial,
+                }
+
+
+def _interval(ratio: dict[str, Any]) -> str:
+    return str(Interval(ratio["median"], ratio["low"], ratio["high"]))
+
+
+def _steps(ratio: dict[str, Any]) -> str:
+    if ratio["compared"] == BEST:
+        return f"best: {ratio['exact_step_size']} and {ratio['predicted_step_size']}"
+    return f"step {ratio['exact_step_size']}"
+
+
+def _size(shape: dict[str, Any]) -> str:
+    return f"{shape['prompt_tokens']} tokens x {shape['batch_size']}"

@@ -1,0 +1,69 @@
+"""Results on disk: `results.json`, `results.csv` and `ttft.png`, written beside and then renamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvpred_mlx.bench.report import csv_text
+from kvpred_mlx.bench.run import SCHEMA, Results
+
+FILES = ("results.json", "results.csv", "ttft.png")
+
+
+def check_new(folder: Path) -> None:
+    """Make sure that results can be written to `folder` before hours are spent on them.
+
+    Raises:
+        FileExistsError: it holds results already.
+        OSError: it cannot be written.
+    """
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        raise FileExistsError(f"{folder} has {' and '.join(there)} already: give another --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / ".results.json", lambda path: path.write_text("{}"))
+    (folder / ".results.json").unlink()
+
+
+def write(folder: Path, results: Results, plot: bool) -> None:
+    """Write what there is so far; without matplotlib there is no picture, and a warning in the results."""
+    draw = plot and results["shapes"]
+    if draw and find_spec("matplotlib") is None:
+        note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
+        results["warnings"] += [note] if note not in results["warnings"] else []
+        draw = False
+    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    _write(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
+    if draw:
+        from kvpred_mlx.bench.plot import plot as draw_plot
+
+        _write(folder / "ttft.png", lambda path: draw_plot(results, path))
+
+
+def read(path: Path) -> Results:
+    """Read a `results.json`.
+
+    Raises:
+        ValueError: it is not one, or of another schema.
+        OSError: it cannot be read.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r}, expected {SCHEMA} (a results.json of kvpred-mlx bench)")
+    return results
+
+
+def _write(path: Path, make: Callable[[Path], object]) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        make(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

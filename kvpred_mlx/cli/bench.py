@@ -1,0 +1,269 @@
+"""`kvpred-mlx bench`: TTFT against a full base prefill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvpred_mlx.bench.run import Results, Settings
+    from kvpred_mlx.model import KVPredictionModel
+
+DTYPES = ("float32", "float16", "bfloat16")
+NEEDED = {"scipy": "scipy", "psutil": "psutil"}
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Pair: a directory or a Hugging Face repo. Without it, the bundled demo pair."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A published pair's shapes with random weights; 'list' shows their names."),
+    ] = None,
+    prompt_lens: Annotated[
+        list[str] | None, typer.Option(help="Prompt lengths in tokens, 512,2048; may be repeated.")
+    ] = None,
+    batch_sizes: Annotated[list[str] | None, typer.Option(help="Prompts side by side, 1,4.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Timed generations of each mode and shape.")] = 5,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate.")] = 16,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. Default: the pair's own; a preset's by device."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's own choice.")] = None,
+    prefill_step_size: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt tokens to process at a time; several compare best with best too."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text to take the prompts from, instead of random tokens.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for results. Default: bench-results/DATE-PAIR.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of random prompts and weights.")] = 0,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two results.json: the change of every ratio.")
+    ] = None,
+) -> None:
+    """Measure how much sooner the first token comes than with a full base prefill."""
+    _check_installed()
+    if compare is not None:
+        return _compare(*compare)
+    if preset == "list":
+        return _list_presets()
+    if model is not None and preset is not None:
+        raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
+    lengths = _numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
+    batches = _numbers("--batch-sizes", batch_sizes or ["1"], 1)
+    steps = _numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
+    _set_device(device)
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
+
+    from kvpred_mlx.bench.results import check_new, write
+    from kvpred_mlx.bench.run import Settings
+    from kvpred_mlx.bench.run import bench as run_bench
+
+    settings = Settings(lengths, batches, trials, max_tokens, steps, seed)
+    name, path = _name(model, preset)
+    folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
+    check_new(folder)
+    notes = [] if path is None else _check_context(path, lengths, model is None)
+    pair, prompt = _load(path, preset, dtype, settings, prompt_file)
+    results: Results = {}
+
+    def finished(so_far: Results) -> None:
+        results.update(so_far)
+        write(folder, results, plot=not no_plot)
+
+    try:
+        _with_progress(run_bench, pair, name, settings, prompt, notes, finished)
+    finally:
+        if results:
+            _show(results, folder, as_json)
+
+
+def _show(results: Results, folder: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from kvpred_mlx.bench.report import machine_line, remarks, tables
+
+    if as_json:
+        print(json.dumps(results))
+    else:
+        console = Console()
+        console.print(tables(results))
+        console.print(machine_line(results), markup=False, highlight=False)
+    for line in remarks(results):
+        print(line, file=sys.stderr)
+    print(f"results: {folder}", file=sys.stderr)
+
+
+def _with_progress(
+    run: Any,
+    pair: KVPredictionModel,
+    name: str,
+    settings: Settings,
+    prompt: list[int] | None,
+    notes: list[str],
+    finished: Any,
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("warming up", total=None)
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        run(pair, name, settings, prompt, notes, progress, finished)
+        bar.update(task, completed=1, total=1, description="done")
+
+
+def _load(
+    path: Path | None, preset: str | None, dtype: str | None, settings: Settings, prompt_file: Path | None
+) -> tuple[KVPredictionModel, list[int] | None]:
+    import mlx.core as mx
+
+    longest = max(settings.prompt_lens)
+    if path is None:
+        from kvpred_mlx.bench.presets import build_preset
+
+        if prompt_file is not None:
+            raise typer.BadParameter(
+                "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
+            )
+        default = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+        return build_preset(preset or "", getattr(mx, dtype or default), settings.seed), None
+
+    from kvpred_mlx.loading import load
+
+    text = _read_text(prompt_file) if prompt_file else None
+    pair, tokenizer = load(path)
+    if dtype is not None:
+        pair.set_dtype(getattr(mx, dtype))
+        mx.eval(pair.parameters())
+    if text is None:
+        return pair, None
+    if tokenizer is None:
+        raise ValueError(f"{path}: the pair has no tokenizer, so --prompt-file cannot be read")
+    ids = tokenizer.encode(text)
+    if len(ids) < longest:
+        raise typer.BadParameter(
+            f"{prompt_file} has {len(ids)} tokens, expected at least {longest}", param_hint="--prompt-file"
+        )
+    return pair, ids
+
+
+def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
+    """Refuse lengths over the pair's context; the demo pair may be timed beyond its own, with a warning."""
+    from kvpred_mlx.loading import context_length, read_config
+
+    context = context_length(read_config(path))
+    over = [n for n in lengths if context is not None and n > context]
+    if over and not is_demo:
+        raise typer.BadParameter(
+            f"{', '.join(map(str, over))} tokens, expected no more than the pair's context of {context}",
+            param_hint="--prompt-lens",
+        )
+    return [f"the demo pair was made for {context} tokens: longer prompts show times only"] if over else []
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise typer.BadParameter(
+            f"{path}: {reason}, expected a text file", param_hint="--prompt-file"
+        ) from error
+
+
+def _name(model: str | None, preset: str | None) -> tuple[str, Path | None]:
+    if preset is not None:
+        from kvpred_mlx.bench.presets import find_preset
+
+        try:
+            return find_preset(preset).name, None
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--preset") from error
+    from kvpred_mlx.loading import DEMO_PAIR, find_pair
+
+    path = find_pair(model or DEMO_PAIR)
+    return path.name, path
+
+
+def _numbers(option: str, given: list[str], least: int) -> list[int]:
+    """Comma lists and repeated options as one list of numbers, in order, without repeats."""
+    words = [word.strip() for text in given for word in text.split(",")]
+    bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) >= least)]
+    if bad:
+        raise typer.BadParameter(
+            f"{', '.join(map(repr, bad))}, expected numbers from {least} on, such as 512,2048",
+            param_hint=option,
+        )
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _set_device(device: str | None) -> None:
+    """Before mlx-lm is imported: its generation stream is made for the device of that moment."""
+    if device is None:
+        return
+    import mlx.core as mx
+
+    if device not in ("cpu", "gpu"):
+        raise typer.BadParameter(f"{device!r}, expected cpu or gpu", param_hint="--device")
+    if not mx.is_available(getattr(mx, device)):
+        raise typer.BadParameter(f"{device!r} is not available in this build of MLX", param_hint="--device")
+    mx.set_default_device(getattr(mx, device))
+
+
+def _list_presets() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvpred_mlx.bench.presets import presets
+
+    table = Table(caption="weights only; a cache and room to compute come on top")
+    columns = ("preset", "base", "auxiliary", "predictor", "float32", "bfloat16")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "preset" else "right", no_wrap=True)
+    for name, known in presets().items():
+        counts = known.parameters()
+        sizes = (f"{sum(counts) * width / 1e9:.1f} GB" for width in (4, 2))
+        table.add_row(name, *(f"{count / 1e6:.0f} M" for count in counts), *sizes)
+    Console().print(table)
+
+
+def _compare(a: Path, b: Path) -> None:
+    from rich.console import Console
+
+    from kvpred_mlx.bench.report import compare, machine_line
+    from kvpred_mlx.bench.results import read
+
+    results = read(a), read(b)
+    table = compare(*results)
+    if not table.row_count:
+        raise ValueError(f"{a} and {b} have no shape in common")
+    console = Console()
+    for name, one in zip("AB", results, strict=True):
+        console.print(f"{name}: {one['pair']['name']}, {machine_line(one)}", markup=False, highlight=False)
+    console.print(table)
+
+
+def _check_installed() -> None:
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"the bench needs {' and '.join(missing)}: pip install 'kvpred-mlx[bench]'")
