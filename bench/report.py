@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from kvpred_mlx.bench.run import Results
 from kvpred_mlx.bench.statistics import Interval, ratio_of_medians
 
 BEST = "best step sizes"
-MODE_NAMES = {"exact": "full base prefill", "predicted": "KV prediction", "auxiliary": "auxiliary alone"}
+MODE_NAMES = {"exact": "full prefill", "predicted": "KV prediction", "auxiliary": "auxiliary"}
 
 
 def tables(results: Results) -> Group:
@@ -72,9 +73,8 @@ def markdown(results: Results) -> str:
 
 def compare(a: Results, b: Results) -> Table:
     """The change of every ratio from one bench to another, at the shapes and comparisons that both have."""
-    table = Table(title="times sooner, B / A", caption="95 % bootstrap intervals")
-    for column in ("prompt", "batch", "compared", "A", "B", "B / A"):
-        table.add_column(column, justify="right")
+    columns = ("tokens", "batch", "compared", "A", "B", "B / A")
+    table = _table("times sooner, B / A", "95 % bootstrap intervals", *columns)
     samples_b = dict(_samples(b))
     for key, before in _samples(a):
         if key in samples_b:
@@ -85,44 +85,43 @@ def compare(a: Results, b: Results) -> Table:
 
 
 def _times(results: Results) -> Table:
-    table = Table(title=f"{results['pair']['name']}, {results['pair']['dtype']}: time to first token")
-    for column in (
-        "prompt",
+    title = f"{results['pair']['name']}, {results['pair']['dtype']}: time to first token"
+    columns = (
+        "tokens",
         "batch",
         "mode",
         "step",
-        "TTFT",
+        "TTFT s",
         "spread",
         "GFLOP/s",
-        "decode tok/s",
+        "tok/s",
         "peak GB",
         "cache MB",
-    ):
-        table.add_column(column, justify="left" if column == "mode" else "right")
+    )
+    table = _table(title, "tok/s: decode, all rows; peak: this mode's models alone", *columns)
     for shape in results["shapes"]:
         for run in shape["runs"]:
-            last = run["trials"][-1]
             rates = [t["decode_tokens_per_second"] for t in run["trials"]]
             table.add_row(
                 str(shape["prompt_tokens"]),
                 str(shape["batch_size"]),
                 MODE_NAMES[run["mode"]],
                 str(run["prefill_step_size"]),
-                f"{run['ttft']:.3f} s",
+                f"{run['ttft']:.3f}",
                 f"{run['ttft_spread']:.0%}",
                 f"{run['flops_per_second'] / 1e9:.0f}",
                 f"{median(rates):.1f}" if None not in rates else "",
                 f"{max(t['peak_bytes'] for t in run['trials']) / 1e9:.2f}",
-                f"{last['cache_bytes'] / 1e6:.1f}",
+                f"{run['trials'][-1]['cache_bytes'] / 1e6:.1f}",
             )
         table.add_section()
     return table
 
 
 def _ratios(results: Results) -> Table:
-    table = Table(title="how many times sooner", caption="median of trial pairs, 95 % bootstrap interval")
-    for column in ("prompt", "batch", "compared", "measured", "FLOPs allow", "quotient"):
-        table.add_column(column, justify="right")
+    caption = "median of trial pairs, 95 % bootstrap interval; quotient: measured / FLOPs allow"
+    columns = ("tokens", "batch", "compared", "measured", "FLOPs allow", "quotient")
+    table = _table("how many times sooner", caption, *columns)
     for shape, ratio, _, _ in _compared(results):
         table.add_row(
             str(shape["prompt_tokens"]),
@@ -136,31 +135,26 @@ def _ratios(results: Results) -> Table:
 
 
 def _parts(results: Results) -> Table:
-    table = Table(
-        title="parts of a predicted TTFT",
-        caption="measured by themselves, each evaluated before the next begins: their sum is not the TTFT",
-    )
-    for column in (
-        "prompt",
-        "batch",
-        "auxiliary",
-        "projection and cache",
-        "base step",
-        "TTFT / (auxiliary + step)",
-    ):
-        table.add_column(column, justify="right")
+    caption = "seconds, each part evaluated before the next begins: their sum is not the TTFT"
+    columns = ("tokens", "batch", "auxiliary", "projection and cache", "base step", "TTFT / (aux. + step)")
+    table = _table("parts of a predicted TTFT, measured by themselves", caption, *columns)
     for shape in results["shapes"]:
         if shape["parts"]:
-            auxiliary, projection, step = (
-                part_medians(shape)[k] for k in ("auxiliary", "projection", "base_step")
-            )
+            spent = part_medians(shape)
             predicted = next(r["ttft"] for r in shape["runs"] if r["mode"] == "predicted")
             table.add_row(
                 str(shape["prompt_tokens"]),
                 str(shape["batch_size"]),
-                *(f"{seconds:.3f} s" for seconds in (auxiliary, projection, step)),
-                f"{predicted / (auxiliary + step):.3f}",
+                *(f"{seconds:.3f}" for seconds in spent.values()),
+                f"{predicted / (spent['auxiliary'] + spent['base_step']):.3f}",
             )
+    return table
+
+
+def _table(title: str, caption: str, *columns: str) -> Table:
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     return table
 
 
@@ -214,7 +208,7 @@ def _interval(ratio: dict[str, Any]) -> str:
 
 def _steps(ratio: dict[str, Any]) -> str:
     if ratio["compared"] == BEST:
-        return f"best: {ratio['exact_step_size']} and {ratio['predicted_step_size']}"
+        return f"best: {ratio['exact_step_size']}, {ratio['predicted_step_size']}"
     return f"step {ratio['exact_step_size']}"
 
 

@@ -18,7 +18,7 @@ from kvpred_mlx import _blas
 from kvpred_mlx.sites import KV
 
 PIECE_TOKENS = 128
-MIN_PIECE_TOKENS = 64
+MIN_PIECE_TOKENS = 48
 MAX_STREAMS = 4  # a wavefront of more would wait for itself: each piece needs the one before
 
 _streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(MAX_STREAMS)]

@@ -60,7 +60,7 @@ def test_blas_threads_come_back(pieces, monkeypatch):
 
 
 def test_cuts():
-    assert cpu_prefill.cuts(127, 2) == [127]
+    assert cpu_prefill.cuts(95, 2) == [95]
     assert cpu_prefill.cuts(255, 2) == [127, 255]
     assert cpu_prefill.cuts(255, 1) == [127, 255]
     ends = cpu_prefill.cuts(2047, 2)

@@ -231,19 +231,22 @@ def _set_device(device: str | None) -> None:
 
 
 def _list_presets() -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from kvpred_mlx.bench.presets import presets
 
-    table = Table(caption="weights only; a cache and room to compute come on top")
-    columns = ("preset", "base", "auxiliary", "predictor", "float32", "bfloat16")
-    for column in columns:
+    table = Table(
+        caption="base + auxiliary + predictor, weights only: a cache and room to compute come on top",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("preset", "M parameters", "float32", "bfloat16"):
         table.add_column(column, justify="left" if column == "preset" else "right", no_wrap=True)
     for name, known in presets().items():
         counts = known.parameters()
         sizes = (f"{sum(counts) * width / 1e9:.1f} GB" for width in (4, 2))
-        table.add_row(name, *(f"{count / 1e6:.0f} M" for count in counts), *sizes)
+        table.add_row(name, " + ".join(f"{count / 1e6:.0f}" for count in counts), *sizes)
     Console().print(table)
 
 
