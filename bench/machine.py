@@ -24,7 +24,7 @@ BUSY = 0.25  # share of the cores that others may use before the report warns
 def describe() -> dict[str, Any]:
     """The machine, as data for `results.json`; names no host and no user."""
     return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,

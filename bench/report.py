@@ -31,7 +31,11 @@ def remarks(results: Results) -> list[str]:
     lines = [f"warning: {text}" for text in results["warnings"]]
     for shape in results["shapes"]:
         lines += [f"warning: {_size(shape)}: {text}" for text in shape["warnings"]]
-    lines += [f"skipped: {_size(shape)}: {shape['reason']}" for shape in results["skipped"]]
+    for shape in results["skipped"]:
+        needed, free = (shape[k] / 1e9 for k in ("estimated_bytes", "available_bytes"))
+        lines.append(
+            f"skipped: {_size(shape)}: {shape['reason']}: about {needed:.1f} GB beside the weights, {free:.1f} GB free"
+        )
     return lines if results["complete"] else [*lines, "interrupted: these are the shapes that were finished"]
 
 

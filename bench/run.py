@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvpred_mlx.bench.flops import TTFT, prefill_bytes, ttft_flops
 from kvpred_mlx.bench.measure import MODES, Parts, Trial, generate, model_of, parts
 from kvpred_mlx.bench.presets import weight_bytes
 from kvpred_mlx.bench.statistics import NOISY, paired_ratio, spread
+from kvpred_mlx.loading import quantization_config
 from kvpred_mlx.model import KVPredictionModel
 
 SCHEMA = 1
@@ -86,17 +88,17 @@ def bench(
     rounds = settings.trials + 1
     for i, (n, b) in enumerate(shapes):
         step_sizes = _distinct(settings.prefill_step_sizes, n)
-        reason = _does_not_fit(pair, n, b, step_sizes)
-        if reason is not None:
-            results["skipped"].append({"prompt_tokens": n, "batch_size": b, **reason})
-        else:
-
-            def report(done: int, what: str, i: int = i, shape: str = f"{n} tokens x {b}") -> None:
-                progress(i * rounds + done, len(shapes) * rounds, f"{shape}: {what}")
-
-            results["shapes"].append(
-                _shape(pair, _tokens(pair, prompt, n, b, settings), step_sizes, settings, report)
-            )
+        memory = _memory(pair, n, b, step_sizes)
+        try:
+            if memory["estimated_bytes"] > memory["available_bytes"]:
+                raise MemoryError("it is estimated not to fit")
+            report = partial(_report, progress, i * rounds, len(shapes) * rounds, f"{n} tokens x {b}")
+            tokens = _tokens(pair, prompt, n, b, settings)
+            results["shapes"].append(_shape(pair, tokens, step_sizes, settings, report))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+                raise
+            results["skipped"].append({"prompt_tokens": n, "batch_size": b, **memory, "reason": str(error)})
         results["complete"] = i + 1 == len(shapes)
         finished(results)
     return results
@@ -175,16 +177,17 @@ def _distinct(step_sizes: list[int], prompt_tokens: int) -> list[int]:
     return [s for s in step_sizes if s < prompt_tokens - 1 or s in whole]
 
 
-def _does_not_fit(
+def _memory(
     pair: KVPredictionModel, prompt_tokens: int, batch_size: int, step_sizes: list[int]
-) -> dict[str, Any] | None:
+) -> dict[str, int]:
+    """Bytes that a full prefill needs beside the weights, and bytes that there are."""
     mx.clear_cache()
     needed = max(prefill_bytes(pair.base, batch_size, prompt_tokens, s) for s in step_sizes)
-    free = machine.available_bytes()
-    if needed <= free:
-        return None
-    reason = f"needs about {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are free"
-    return {"reason": reason, "estimated_bytes": needed, "available_bytes": free}
+    return {"estimated_bytes": needed, "available_bytes": machine.available_bytes()}
+
+
+def _report(progress: Progress, before: int, total: int, shape: str, done: int, what: str) -> None:
+    progress(before + done, total, f"{shape}: {what}")
 
 
 def _tokens(
@@ -205,6 +208,7 @@ def _describe(pair: KVPredictionModel, name: str, dtype: mx.Dtype) -> dict[str, 
         "name": name,
         "dtype": str(dtype).rpartition(".")[2],
         "weight_bytes": {role: weight_bytes(module) for role, module in modules.items()},
+        **({"quantization": None} | quantization_config(pair)),
         "min_prompt_tokens": pair.min_prompt_tokens,
     }
 

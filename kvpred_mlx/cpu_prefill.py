@@ -24,28 +24,49 @@ MAX_STREAMS = 4  # a wavefront of more would wait for itself: each piece needs t
 _streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(MAX_STREAMS)]
 
 
-def read(record: Callable[[mx.array], Sequence[KV]], tokens: mx.array) -> list[KV]:
+def default_streams() -> list[mx.ThreadLocalStream]:
+    """The streams to read a prompt on; none where one does it."""
+    threads = _blas.threads() or 1
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return _streams[:threads] if on_cpu and 1 < threads <= MAX_STREAMS else []
+
+
+def read(
+    record: Callable[[mx.array], Sequence[KV]],
+    tokens: mx.array,
+    streams: Sequence[mx.ThreadLocalStream] | None = None,
+) -> list[KV]:
     """Raw keys and values of `tokens` [B, L], read piece by piece where that is faster.
 
     Args:
         record: raw keys and values of a piece [B, l], whose cache is that of the piece before.
+        streams: what to read on, in turn (default: `default_streams`; none: the current one, lazily).
     """
-    n_streams = _parallel()
-    ends = cuts(tokens.shape[1], n_streams)
+    spread = default_streams() if streams is None else streams
+    ends = cuts(tokens.shape[1], len(spread) or 1)
     if len(ends) < 2:
         return list(record(tokens))
     pieces = []
     for i, (start, end) in enumerate(pairwise([0, *ends])):
-        with mx.stream(_streams[i % n_streams] if n_streams > 1 else mx.default_stream(mx.cpu)):
+        with mx.stream(spread[i % len(spread)] if spread else mx.default_stream(mx.cpu)):
             pieces.append(record(tokens[:, start:end]))
     whole = [
         KV(*(mx.concatenate(list(parts), axis=1) for parts in zip(*layer, strict=True)))
         for layer in zip(*pieces, strict=True)
     ]
-    if n_streams > 1:
-        with _blas.one_thread():
-            mx.eval(whole)
+    if spread:
+        _evaluate(whole)
     return whole
+
+
+def _evaluate(arrays: list[KV]) -> None:
+    """Now, because the number of BLAS threads cannot be part of a lazy graph."""
+    with _blas.one_thread():
+        try:
+            mx.eval(arrays)
+        except ValueError as error:  # inside mx.compile or a gradient there are no values yet
+            if "transformations" not in str(error):
+                raise
 
 
 def cuts(tokens: int, n_streams: int) -> list[int]:
@@ -54,8 +75,3 @@ def cuts(tokens: int, n_streams: int) -> list[int]:
         return [tokens]
     count = n_streams * ceil(tokens / (PIECE_TOKENS * n_streams))
     return [tokens * (i + 1) // count for i in range(count)]
-
-
-def _parallel() -> int:
-    threads = _blas.threads() or 1
-    return threads if threads <= MAX_STREAMS else 1

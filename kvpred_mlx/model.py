@@ -138,8 +138,10 @@ class KVPredictionModel(nn.Module):
         short = inputs.shape[1] < self.min_prompt_tokens
         aside = copy.deepcopy(base_cache) if short or self._base_taps.fused else None
         predicted = self._predict(inputs, entry)
-        logits = self._base_taps.inject(predicted, inputs, base_cache, logits=aside is None)
-        if aside is not None:
+        if aside is None:
+            logits = self._base_taps.inject(predicted, inputs, base_cache, logits=True)
+        else:
+            self.fill(predicted, inputs, base_cache)
             logits = (
                 self.base(inputs, cache=aside)
                 if short

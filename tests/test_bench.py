@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +18,7 @@ from test_cli import fails, run  # noqa: F401
 from kvpred_mlx.bench import machine, report, results, statistics
 from kvpred_mlx.bench.measure import MODES, generate, parts
 from kvpred_mlx.bench.presets import build_preset, find_preset, presets
+from kvpred_mlx.bench.readme import with_tables
 from kvpred_mlx.bench.run import Settings, bench
 from kvpred_mlx.loading import DEMO_PAIR
 
@@ -145,7 +150,23 @@ def test_shape_that_does_not_fit_is_skipped(monkeypatch):
     assert [s["prompt_tokens"] for s in found["shapes"]] == [40] and found["complete"]
     (skipped,) = found["skipped"]
     assert skipped["prompt_tokens"] == 200 and skipped["estimated_bytes"] == needs[200]
-    assert any("skipped: 200 tokens x 1: needs about" in line for line in report.remarks(found))
+    assert any(
+        "skipped: 200 tokens x 1: it is estimated not to fit: about" in line for line in report.remarks(found)
+    )
+
+
+def test_allocation_that_fails_is_skipped(monkeypatch):
+    from kvpred_mlx.bench import run as module
+
+    def full(model, prompt, *rest):
+        if prompt.shape[1] == 48:
+            raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+        return generate(model, prompt, *rest)
+
+    monkeypatch.setattr(module, "generate", full)
+    found = bench(make_pair(), "tiny", Settings([48, 40], trials=1, max_tokens=1))
+    assert [s["prompt_tokens"] for s in found["shapes"]] == [40]
+    assert found["skipped"][0]["reason"].startswith("[malloc]")
 
 
 def test_interrupting_keeps_finished_shapes(tmp_path):
@@ -286,3 +307,25 @@ def test_failures(run, tmp_path):  # noqa: F811
     )
     short.write_bytes(b"\xff\xfe")
     fails(run("bench", "--prompt-lens", 40, "--prompt-file", short, "--output-dir", out), 2, "not UTF-8")
+
+
+def test_readme_shows_the_results():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "<!-- bench: " in text
+    assert with_tables(text) == text  # else: make readme
+
+
+def test_interrupt_on_the_command_line(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from kvpred_mlx.cli import main; main()", "bench", "--prompt-lens", "40,510",
+         "--trials", "5", "-m", "1", "--no-plot", "--output-dir", out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (out / "results.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "interrupted: these are the shapes that were finished" in err and "KV prediction" in stdout
+    assert [s["prompt_tokens"] for s in results.read(out / "results.json")["shapes"]] == [40]

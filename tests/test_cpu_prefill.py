@@ -45,6 +45,19 @@ def test_batches(pieces):
             assert mx.allclose(a.keys_and_values()[0][row], b.keys_and_values()[0][0], atol=1e-5)
 
 
+def test_inside_a_transformation(pieces):
+    """Where nothing can be evaluated, the call stays lazy."""
+    pair, prompt = make_pair(), tokens(75)
+
+    def keys(tokens):
+        cache = pair.make_cache()
+        pair(tokens, cache=cache)
+        return cache[0].keys_and_values()[0]
+
+    expected, _ = filled(pair, prompt)[0].keys_and_values()
+    assert mx.allclose(mx.compile(keys)(prompt), expected, atol=1e-4)
+
+
 @pytest.mark.skipif(not _blas.threads(), reason="OpenBLAS is not in use")
 def test_blas_threads_come_back(pieces, monkeypatch):
     before = _blas.threads()
