@@ -1,4 +1,4 @@
-"""What reading a prompt in pieces gives on MLX's CPU backend: `python -m kvpred_mlx.bench.pieces 512 1024`.
+"""What reading a prompt in pieces gives on MLX's CPU backend: `python -m kvpred_mlx.bench.pieces 512`.
 
 Times how long a model takes to read a prompt up to its last keys and values: whole, in pieces one after the
 other, and in pieces on several streams (`kvpred_mlx.cpu_prefill`), for the auxiliary, which the engine reads that
@@ -57,4 +57,4 @@ def _seconds(taps: KVTaps, model: nn.Module, read: Read, tokens: mx.array) -> fl
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or [512, 1024])
+    main([int(word) for word in sys.argv[1:]] or [512])
