@@ -156,7 +156,7 @@ def _parts(results: Results) -> Table:
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in columns:
         table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     return table
