@@ -33,7 +33,7 @@ lint: setup $(DEV)
 	$(BIN)/mypy
 
 bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="--model PAIR --prompt-lens 512,2048"]
-	$(BIN)/kvpred-mlx bench $(or $(ARGS),--prompt-lens 128,512 --trials 3)
+	$(BIN)/kvpred-mlx bench $(or $(ARGS),$(SHORT_BENCH))
 
 readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md
 	$(BIN)/python -m kvpred_mlx.bench.readme README.md
@@ -75,6 +75,7 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 comma := ,
+SHORT_BENCH := --prompt-lens 128,512 --trials 3
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
