@@ -72,12 +72,12 @@ def build_preset(name: str, dtype: mx.Dtype, seed: int) -> KVPredictionModel:
         MemoryError: its weights do not fit; names what is needed and what there is.
     """
     preset = find_preset(name)
-    needed, free = sum(preset.parameters()) * dtype.size, available_bytes()
+    model = preset.model()
+    needed, free = get_total_parameters(model) * dtype.size, available_bytes()
     if needed > free:
         raise MemoryError(
             f"{preset.name} needs {needed / 1e9:.1f} GB for its weights, {free / 1e9:.1f} GB are free"
         )
-    model = preset.model()
     materialize(model, dtype, seed)
     return model
 

@@ -12,10 +12,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from kvpred_mlx.bench.run import Results
+from kvpred_mlx.bench.run import BEST, Results
 from kvpred_mlx.bench.statistics import Interval, ratio_of_medians
 
-BEST = "best step sizes"
 MODE_NAMES = {"exact": "full prefill", "predicted": "KV prediction", "auxiliary": "auxiliary"}
 
 

@@ -22,6 +22,7 @@ from kvpred_mlx.loading import quantization_config
 from kvpred_mlx.model import KVPredictionModel
 
 SCHEMA = 1
+BEST = "best step sizes"
 Progress = Callable[[int, int, str], None]
 Results = dict[str, Any]
 
@@ -160,7 +161,7 @@ def _ratios(shape: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     by_mode = {mode: [r for r in shape["runs"] if r["mode"] == mode] for mode in ("exact", "predicted")}
     choices = {"same step size": {mode: runs[0] for mode, runs in by_mode.items()}}
     if len(by_mode["exact"]) > 1:
-        choices["best step sizes"] = {m: min(runs, key=lambda r: r["ttft"]) for m, runs in by_mode.items()}
+        choices[BEST] = {m: min(runs, key=lambda r: r["ttft"]) for m, runs in by_mode.items()}
     found = []
     for name, chosen in choices.items():
         seconds = {mode: [t["ttft"] for t in run["trials"]] for mode, run in chosen.items()}
