@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
 
 import kvpred_mlx  # noqa: F401
+from kvpred_mlx import cli
 
 DATA = Path(__file__).with_name("data")
 
@@ -28,3 +31,28 @@ def demo_pair():
     from kvpred_mlx.loading import DEMO_PAIR
 
     return load(DEMO_PAIR)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["kvpred-mlx", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def fails(result, code, *parts):
+    """One line on standard error (after the note on the demo pair), nothing like a traceback."""
+    found, out, err = result
+    lines = [line for line in err.splitlines() if not line.startswith("Using the bundled")]
+    assert (found, len(lines)) == (code, 1), err
+    assert lines[0].startswith("kvpred-mlx: error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert out == ""

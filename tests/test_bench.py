@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from conftest import fails
 from pairs import kv_entries, make_pair, tokens
-from test_cli import fails, run  # noqa: F401
 
 from kvpred_mlx.bench import machine, report, results, statistics
 from kvpred_mlx.bench.measure import MODES, generate, parts
@@ -236,7 +236,7 @@ def test_preset_that_does_not_fit(monkeypatch):
 # The command line
 
 
-def test_command(run, tmp_path):  # noqa: F811
+def test_command(run, tmp_path):
     out = tmp_path / "out"
     code, stdout, err = run(
         "bench", "--prompt-lens", "40,48", "--prompt-lens", "40", "--trials", 2, "-m", 2, "--output-dir", out
@@ -251,7 +251,7 @@ def test_command(run, tmp_path):  # noqa: F811
     fails(run("bench", "--prompt-lens", 40, "--output-dir", out), 1, "already", "--output-dir")
 
 
-def test_json_and_given_prompt(run, tmp_path):  # noqa: F811
+def test_json_and_given_prompt(run, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x\n" * 50)
     options = ["--trials", 1, "-m", 1, "--json", "--no-plot", "--prompt-file", text]
@@ -260,7 +260,7 @@ def test_json_and_given_prompt(run, tmp_path):  # noqa: F811
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
 
 
-def test_preset_list(run):  # noqa: F811
+def test_preset_list(run):
     code, stdout, _ = run("bench", "--preset", "list")
     assert code == 0 and all(name in stdout for name in presets())
 
@@ -286,11 +286,11 @@ def test_preset_list(run):  # noqa: F811
         (["--frobnicate"], ["--frobnicate"]),
     ],
 )
-def test_bad_arguments(run, arguments, parts_, tmp_path):  # noqa: F811
+def test_bad_arguments(run, arguments, parts_, tmp_path):
     fails(run("bench", "--output-dir", tmp_path / "out", *arguments), 2, *parts_)
 
 
-def test_failures(run, tmp_path):  # noqa: F811
+def test_failures(run, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     fails(run("bench", "--prompt-lens", 40, "--output-dir", tmp_path / "file" / "out"), 1, "file")
     fails(run("bench", "--model", tmp_path / "none", "--output-dir", tmp_path / "o"), 1, "no such directory")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -12,37 +11,11 @@ import sys
 import time
 
 import pytest
-from conftest import DATA
+from conftest import DATA, fails
 
-from kvpred_mlx import cli
 from kvpred_mlx.loading import DEMO_PAIR
 
 FUNCTION = (DEMO_PAIR / "prompt.txt").read_text()
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["kvpred-mlx", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
-
-
-def fails(result, code, *parts):
-    """One line on standard error (after the note on the demo pair), nothing like a traceback."""
-    found, out, err = result
-    lines = [line for line in err.splitlines() if not line.startswith("Using the bundled")]
-    assert (found, len(lines)) == (code, 1), err
-    assert lines[0].startswith("kvpred-mlx: error: ")
-    for part in parts:
-        assert part in lines[0]
-    assert out == ""
 
 
 def copy_of_demo(tmp_path):
