@@ -32,7 +32,6 @@ from kvpred_mlx.sites import (
     find_sites,
     group_calls,
     project,
-    take_columns,
 )
 
 # Shadows are set and removed under one lock: two threads may build graphs of models that share modules.
@@ -171,11 +170,10 @@ class KVTaps:
             fused = self._fused[layer]
             if fused is None:
                 return array.astype(x.dtype)
-            if logits:
-                rest = take_columns(project(projection, x), fused.rest)
-            else:
-                rest = mx.broadcast_to(mx.array(0, x.dtype), (*x.shape[:-1], len(fused.rest)))
-            return fused.join(rest, KV(*(a.astype(x.dtype) for a in kv[layer])))
+            given = KV(*(a.astype(x.dtype) for a in kv[layer]))
+            if not logits:
+                return fused.pad(given)
+            return fused.join(fused.take_rest(project(projection, x)), given)
 
         return self._run(tokens, cache, give)
 
