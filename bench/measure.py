@@ -13,11 +13,12 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx import cpu_prefill
-from kvpred_mlx.bench.presets import weight_bytes
+from kvpred_mlx.description import weight_bytes
 from kvpred_mlx.generation import announce_prompt
 from kvpred_mlx.model import KVPredictionModel
 
 MODES = ("exact", "predicted", "auxiliary")
+PARTS = {"auxiliary": "auxiliary", "projection": "projection and cache", "base_step": "base step"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def generate(model: nn.Module, tokens: mx.array, step_size: int, max_tokens: int
 def parts(pair: KVPredictionModel, tokens: mx.array, step_size: int) -> Parts:
     """The parts of a predicted TTFT for `tokens` [B, n]."""
     started = before = time.perf_counter()
-    spent = {"auxiliary": 0.0, "projection": 0.0, "base_step": 0.0}
+    spent = dict.fromkeys(PARTS, 0.0)
 
     def lap(name: str, *arrays: Any) -> None:
         nonlocal before

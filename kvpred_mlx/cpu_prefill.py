@@ -24,11 +24,15 @@ MAX_STREAMS = 4  # a wavefront of more would wait for itself: each piece needs t
 _streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(MAX_STREAMS)]
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def default_streams() -> list[mx.ThreadLocalStream]:
     """The streams to read a prompt on; none where one does it."""
     threads = _blas.threads() or 1
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return _streams[:threads] if on_cpu and 1 < threads <= MAX_STREAMS else []
+    return _streams[:threads] if on_cpu() and 1 < threads <= MAX_STREAMS else []
 
 
 def read(
@@ -71,7 +75,7 @@ def _evaluate(arrays: list[KV]) -> None:
 
 def cuts(tokens: int, n_streams: int) -> list[int]:
     """Where the pieces of a prompt end: of about equal length, as many for one stream as for another."""
-    if mx.default_device() != mx.Device(mx.cpu) or tokens < 2 * MIN_PIECE_TOKENS:
+    if not on_cpu() or tokens < 2 * MIN_PIECE_TOKENS:
         return [tokens]
     count = n_streams * ceil(tokens / (PIECE_TOKENS * n_streams))
     return [tokens * (i + 1) // count for i in range(count)]

@@ -36,12 +36,17 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's arrays."""
+    return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
+
+
 def _part(module: nn.Module) -> dict[str, Any]:
     arrays = list(dict(tree_flatten(module.parameters())).values())
     floats = sorted({str(a.dtype).rpartition(".")[2] for a in arrays if mx.issubdtype(a.dtype, mx.floating)})
     return {
         "parameters": get_total_parameters(module),
-        "bytes": sum(a.nbytes for a in arrays),
+        "bytes": weight_bytes(module),
         "dtype": " and ".join(floats),
         "quantization": quantization_config(module).get("quantization"),
     }

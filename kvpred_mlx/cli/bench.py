@@ -140,12 +140,13 @@ def _load(
     longest = max(settings.prompt_lens)
     if path is None:
         from kvpred_mlx.bench.presets import build_preset
+        from kvpred_mlx.cpu_prefill import on_cpu
 
         if prompt_file is not None:
             raise typer.BadParameter(
                 "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
             )
-        default = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+        default = "float32" if on_cpu() else "bfloat16"
         return build_preset(preset or "", getattr(mx, dtype or default), settings.seed), None
 
     from kvpred_mlx.loading import load
