@@ -54,7 +54,7 @@ def ttft_flops(pair: KVPredictionModel, prompt_tokens: int) -> TTFT:
     predicted = exact
     if prompt_tokens > pair.min_prompt_tokens:
         prefill = _Cost(
-            lambda tokens, cache: pair.predictor(pair.auxiliary_kv(tokens, cache)),
+            lambda tokens, cache: pair.predictor(pair.auxiliary_features(tokens, cache)),
             lambda: list(pair.make_cache()[-1].auxiliary),
         )
         predicted = prefill.until(prompt_tokens - 1) + step_flops(pair.base, prompt_tokens - 1)

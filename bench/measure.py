@@ -87,7 +87,7 @@ def parts(pair: KVPredictionModel, tokens: mx.array, step_size: int) -> Parts:
     prompt, last = tokens[:, :-1], tokens[:, -1:]
     for first in range(0, prompt.shape[1], step_size):
         chunk = prompt[:, first : first + step_size]
-        recorded = cpu_prefill.read(partial(pair.auxiliary_kv, caches=entry.auxiliary), chunk)
+        recorded = cpu_prefill.read(partial(pair.auxiliary_features, caches=entry.auxiliary), chunk)
         lap("auxiliary", recorded, [c.state for c in entry.auxiliary])
         pair.fill(pair.predictor(recorded), chunk, base_cache)
         lap("projection", [c.state for c in base_cache])

@@ -15,7 +15,7 @@ from math import ceil
 import mlx.core as mx
 
 from kvpred_mlx import _blas
-from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import Features
 
 PIECE_TOKENS = 128
 MIN_PIECE_TOKENS = 48
@@ -36,14 +36,14 @@ def default_streams() -> list[mx.ThreadLocalStream]:
 
 
 def read(
-    record: Callable[[mx.array], Sequence[KV]],
+    record: Callable[[mx.array], Sequence[Features]],
     tokens: mx.array,
     streams: Sequence[mx.ThreadLocalStream] | None = None,
-) -> list[KV]:
-    """Raw keys and values of `tokens` [B, L], read piece by piece where that is faster.
+) -> list[Features]:
+    """What `record` gives of `tokens` [B, L], read piece by piece where that is faster.
 
     Args:
-        record: raw keys and values of a piece [B, l], whose cache is that of the piece before.
+        record: features of a piece's layers, `[B, l, width]` each; its cache is that of the piece before.
         streams: what to read on, in turn (default: `default_streams`; none: the current one, lazily).
     """
     spread = default_streams() if streams is None else streams
@@ -55,7 +55,7 @@ def read(
         with mx.stream(spread[i % len(spread)] if spread else mx.default_stream(mx.cpu)):
             pieces.append(record(tokens[:, start:end]))
     whole = [
-        KV(*(mx.concatenate(list(parts), axis=1) for parts in zip(*layer, strict=True)))
+        tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*layer, strict=True))
         for layer in zip(*pieces, strict=True)
     ]
     if spread:
@@ -63,7 +63,7 @@ def read(
     return whole
 
 
-def _evaluate(arrays: list[KV]) -> None:
+def _evaluate(arrays: list[Features]) -> None:
     """Now, because the number of BLAS threads cannot be part of a lazy graph."""
     with _blas.one_thread():
         try:

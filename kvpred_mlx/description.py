@@ -30,6 +30,7 @@ def describe(path: Path) -> dict[str, Any]:
         **roles,
         "predictor": _part(model.predictor),
         "layer_map": list(model.predictor.layer_map),
+        "source": model.predictor.source,
         "min_prompt_tokens": model.min_prompt_tokens,
         "context_length": context_length(config),
         "tokenizer": any((path / name).exists() for name in TOKENIZER_FILES),

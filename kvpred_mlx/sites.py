@@ -15,6 +15,7 @@ from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache
 KEY = re.compile(r"k_proj|c_k|attn_key")
 VALUE = re.compile(r"v_proj|c_v|attn_value")
 FUSED = re.compile(r"qkvg?_proj|q_k_v_proj|[wW]qkv|query_key_value|c_attn|att_proj|W_pack|kv_a_proj_with_mqa")
+KEY_NORM = re.compile(r"k_norm|k_layernorm|key_layernorm")
 Index = slice | mx.array
 ATTENTION_CACHES = (KVCache, RotatingKVCache, ChunkedKVCache)
 
@@ -146,6 +147,14 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
             for name, child in owner.items():
                 if isinstance(child, nn.Module) and any(p.fullmatch(name) for p in (KEY, VALUE, FUSED)):
                     yield Site(i, owner, name)
+
+
+def key_norm(site: Site) -> Site | None:
+    """The norm of the keys that are made at a key or fused projection, if its attention has one."""
+    if VALUE.fullmatch(site.name):
+        return None
+    names = (n for n, c in site.owner.items() if isinstance(c, nn.Module) and KEY_NORM.fullmatch(n))
+    return next((Site(site.layer, site.owner, name) for name in names), None)
 
 
 def group_calls(

@@ -64,9 +64,9 @@ def bench(
         return _list_presets()
     if model is not None and preset is not None:
         raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
-    lengths = _numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
-    batches = _numbers("--batch-sizes", batch_sizes or ["1"], 1)
-    steps = _numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
+    lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
+    batches = numbers("--batch-sizes", batch_sizes or ["1"], 1)
+    steps = numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
     _set_device(device)
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -206,7 +206,7 @@ def _name(model: str | None, preset: str | None) -> tuple[str, Path | None]:
     return path.name, path
 
 
-def _numbers(option: str, given: list[str], least: int) -> list[int]:
+def numbers(option: str, given: list[str], least: int) -> list[int]:
     """Comma lists and repeated options as one list of numbers, in order, without repeats."""
     words = [word.strip() for text in given for word in text.split(",")]
     bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) >= least)]
