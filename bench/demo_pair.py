@@ -22,13 +22,13 @@ import mlx_lm.utils
 import numpy as np
 
 from kvpred_mlx.bench import corpus
-from kvpred_mlx.bench.pretrain import show
+from kvpred_mlx.bench.pretrain import Budget, run
 from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
 from kvpred_mlx.fit import FitSettings, fit
 from kvpred_mlx.loading import load, save
-from kvpred_mlx.loop import Settings
+from kvpred_mlx.loop import Settings, Trainer
 from kvpred_mlx.pairing import join, load_part
 from kvpred_mlx.quality import SCORE_TOKENS, Quality, cut_windows, measure
 from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
@@ -78,17 +78,23 @@ CONFIGS = {"base": nemotron(256, 8, 2, 1, 1024, head_dim=128), "auxiliary": nemo
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Where the steps leave their results, and how long the trainings may take together.
+    """Where the steps leave their results, and how long the trainings may take.
 
     Args:
         folder: of all intermediate results.
-        minutes: of training.
+        minutes: of training, altogether.
+        iters: steps of each training, instead of what the minutes allow.
         batch_size: sequences a step.
     """
 
     folder: Path
     minutes: float
+    iters: dict[str, int] = dataclasses.field(default_factory=dict)
     batch_size: int = 4
+
+    def budget(self, training: str) -> Budget:
+        """What one of the trainings gets."""
+        return Budget(self.minutes * SHARES[training], self.iters.get(training))
 
     def corpus(self) -> None:
         """Corpus, tokenizer and packed rows."""
@@ -113,7 +119,9 @@ class Recipe:
         config = self.folder / f"{role}.json"
         config.write_text(json.dumps(CONFIGS[role]))
         command = [sys.executable, "-m", "kvpred_mlx.bench.pretrain", config, self.folder / "rows.npy", out]
-        options = ["--minutes", str(self.minutes * SHARES[role]), "--batch-size", str(self.batch_size)]
+        budget = self.budget(role)
+        options = ["--minutes", str(budget.minutes), "--batch-size", str(self.batch_size)]
+        options += ["--iters", str(budget.iters)] if budget.iters else []
         subprocess.run([*map(str, command), *options], check=True)
         for file in (self.folder / "tokenizer").iterdir():
             shutil.copy(file, out)
@@ -129,11 +137,16 @@ class Recipe:
         pair = join(base, auxiliary, fitted.predictor)
         save(self.folder / "fitted", pair, base.tokenizer, overwrite=True)
         settings = Settings(
-            iters=self._joint_steps(rows), batch_size=self.batch_size, learning_rate=1e-3, warmup=50,
-            end_learning_rate=0.02, weight_decay=0.1, save_every=100, dtype=default_dtype(),
+            batch_size=self.batch_size, learning_rate=1e-3, warmup=50, end_learning_rate=0.02, save_every=50,
+            dtype=default_dtype(),
         )  # fmt: skip
+
+        def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
+            twin = load(self.folder / "fitted")[0] if states is None else pair
+            return joint_trainer(twin, rows, settings, state_folder=states)
+
         with restored_types(pair):
-            joint_trainer(pair, rows, settings, state_folder=self.folder / "joint.state").run(show)
+            run(trainer, rows, self.budget("joint"), settings, self.folder / "joint.state")
         save(out, pair, base.tokenizer)
 
     def figures(self, pair_folder: Path) -> list[Quality]:
@@ -161,20 +174,17 @@ class Recipe:
         save(out, pair, tokenizer, extras=extras)
         return out
 
-    def _joint_steps(self, rows: PackedSequences) -> int:
-        """As many as the minutes allow: a step takes about as long as one of the base's pretraining."""
-        plan = json.loads((self.folder / "base.state" / "plan.json").read_text())
-        return max(1, int(plan["iters"] * SHARES["joint"] / SHARES["base"]))
-
 
 def main() -> None:
     """Run the steps that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("demo-pair"))
     parser.add_argument("--minutes", type=float, default=60, help="of training, altogether")
+    parser.add_argument("--iters", help="steps of base, auxiliary and joint training instead: 1300,1200,500")
     parser.add_argument("--batch-size", type=int, default=4)
     a = parser.parse_args()
-    recipe = Recipe(a.folder, a.minutes, a.batch_size)
+    iters = dict(zip(SHARES, map(int, a.iters.split(",")), strict=True)) if a.iters else {}
+    recipe = Recipe(a.folder, a.minutes, iters, a.batch_size)
     recipe.corpus()
     recipe.pretrain("base")
     recipe.pretrain("auxiliary")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ SHORT_SHARE = 0.6  # of the steps, at the beginning, on halved rows: attention c
 
 
 @dataclasses.dataclass(frozen=True)
+class Budget:
+    """How long to train: `iters` steps, or without them as many as take about `minutes`."""
+
+    minutes: float = 0.0
+    iters: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Curriculum(PackedSequences):
     """Rows in halves for the first `short` batches, then whole."""
 
@@ -45,36 +54,44 @@ class Curriculum(PackedSequences):
 
 
 def pretrain(
-    config: dict[str, object],
-    rows: PackedSequences,
-    minutes: float,
-    settings: Settings,
-    folder: Path,
-    iters: int | None = None,
+    config: dict[str, Any], rows: PackedSequences, budget: Budget, settings: Settings, folder: Path
 ) -> nn.Module:
-    """A model of `config`, trained from random weights for about `minutes`.
+    """A model of `config`, trained from random weights; a state in `folder` is resumed from.
 
     Matrices are trained with Muon (learning rate: the settings'), embeddings, norms and biases with AdamW.
-    A state in `folder` is resumed from.
-
-    Args:
-        iters: steps, whatever time they take.
     """
+
+    def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
+        model = new_model(config, settings.seed)
+        return Trainer(model, next_token_loss, rows, settings, states, optimizer=muon(settings))
+
+    return run(trainer, rows, budget, settings, folder).model
+
+
+def run(
+    make: Callable[[PackedSequences, Settings, Path | None], Trainer],
+    rows: PackedSequences,
+    budget: Budget,
+    settings: Settings,
+    folder: Path,
+) -> Trainer:
+    """Train what `make` makes for as many steps as the budget allows, short rows first."""
     plan = folder / "plan.json"
-    if not plan.exists():
-        iters = iters or _affordable(new_model(config, settings.seed), rows, minutes, settings)
+    if plan.exists():
+        iters = json.loads(plan.read_text())["iters"]
+    else:
+        iters = budget.iters or _affordable(make(rows, settings, None), budget.minutes)
         folder.mkdir(parents=True, exist_ok=True)
         if not mx.distributed.init().rank():
             plan.write_text(json.dumps({"iters": iters}))
-    else:
-        iters = json.loads(plan.read_text())["iters"]
-    settings = dataclasses.replace(settings, iters=iters)
-    model, staged = new_model(config, settings.seed), Curriculum(rows.rows, int(SHORT_SHARE * iters))
-    Trainer(model, next_token_loss, staged, settings, folder, optimizer=muon(settings)).run(show)
-    return model
+    trainer = make(
+        Curriculum(rows.rows, int(SHORT_SHARE * iters)), dataclasses.replace(settings, iters=iters), folder
+    )
+    trainer.run(show)
+    return trainer
 
 
-def new_model(config: dict[str, object], seed: int) -> nn.Module:
+def new_model(config: dict[str, Any], seed: int) -> nn.Module:
     """Random weights; branches begin at zero, so that a new model passes its input through, and embeddings are
     small, so that it does not yet expect its input again."""
     mx.random.seed(seed)
@@ -107,9 +124,8 @@ def muon(settings: Settings) -> optimizers.Optimizer:
     )
 
 
-def _affordable(model: nn.Module, rows: PackedSequences, minutes: float, settings: Settings) -> int:
-    """How many steps the time allows, by timing a few on a model that is thrown away."""
-    trial = Trainer(model, next_token_loss, rows, settings, optimizer=muon(settings))
+def _affordable(trial: Trainer, minutes: float) -> int:
+    """How many steps the time allows, by timing a few of a trainer that is thrown away."""
     trial.run(until=TIMED_STEPS // 2)
     start = time.perf_counter()
     trial.run(until=TIMED_STEPS)
@@ -135,8 +151,8 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--iters", type=int, help="instead of what the minutes allow")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--iters", type=int, help="steps, instead of what the minutes allow")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     a = parser.parse_args()
@@ -148,9 +164,8 @@ def main() -> None:
         end_learning_rate=0.02,
         save_every=200,
     )
-    model = pretrain(
-        config, PackedSequences(np.load(a.rows)), a.minutes, settings, a.out.with_suffix(".state")
-    )
+    rows, budget = PackedSequences(np.load(a.rows)), Budget(a.minutes, a.iters)
+    model = pretrain(config, rows, budget, settings, a.out.with_suffix(".state"))
     if not mx.distributed.init().rank():
         with new_directory(a.out, overwrite=True) as directory:
             mlx_lm.utils.save_model(directory, model)

@@ -114,6 +114,7 @@ class Trainer:
     Args:
         model: any module; `loss(model, batch)` gives its loss and named terms for a batch `[B, L + 1]`.
         state_folder: where states are saved; what is there is resumed from (None: nothing is saved).
+        identity: what else must be the same for a saved state to be resumed, as JSON.
         compiled: compile the step.
         optimizer: default `adamw(settings)`.
 
@@ -129,6 +130,7 @@ class Trainer:
         settings: Settings,
         state_folder: Path | None = None,
         *,
+        identity: dict[str, Any] | None = None,
         compiled: bool = True,
         optimizer: optimizers.Optimizer | None = None,
     ):
@@ -136,6 +138,7 @@ class Trainer:
         self.optimizer = optimizer or adamw(settings)
         self.group = mx.distributed.init()
         self.step = 0
+        self._identity = {"settings": asdict(settings), "data": data.checksum(), **(identity or {})}
         if settings.batch_size % self.group.size():
             raise ValueError(
                 f"batch size {settings.batch_size}, expected a multiple of the {self.group.size()} processes"
@@ -167,7 +170,7 @@ class Trainer:
                 if interrupted():
                     self.save()
                     raise KeyboardInterrupt
-                if self.step % self.settings.save_every == 0 and self.step < end:
+                if self.step % self.settings.save_every == 0 or self.step == self.settings.iters:
                     self.save()
         self.model.eval()
 
@@ -180,8 +183,7 @@ class Trainer:
                 str(directory / "trainable.safetensors"), _flat(self.model.trainable_parameters())
             )
             mx.save_safetensors(str(directory / "optimizer.safetensors"), _flat(self.optimizer.state))
-            facts = {"step": self.step, "settings": asdict(self.settings), "rows": len(self.data)}
-            (directory / "config.json").write_text(json.dumps(facts))
+            (directory / "config.json").write_text(json.dumps({"step": self.step, **self._identity}))
         for old in saved_states(self.folder)[:-KEPT_STATES]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -190,12 +192,12 @@ class Trainer:
         if not states:
             return
         facts = json.loads((states[-1] / "config.json").read_text())
-        now = {"settings": asdict(self.settings), "rows": len(self.data)}
-        flat_now, flat_then = (dict(tree_flatten({k: f[k] for k in now})) for f in (now, facts))
+        then = dict(tree_flatten({k: v for k, v in facts.items() if k != "step"}))
+        now = dict(tree_flatten(self._identity))
         differ = [
-            f"{k.rpartition('.')[2]} {v!r}, now {flat_now.get(k)!r}"
-            for k, v in flat_then.items()
-            if flat_now.get(k) != v
+            f"{k.rpartition('.')[2]} {then.get(k)!r}, now {now.get(k)!r}"
+            for k in then | now
+            if then.get(k) != now.get(k)
         ]
         if differ:
             raise ValueError(

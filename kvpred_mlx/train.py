@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,9 +49,11 @@ def joint_trainer(
     for module in trained.values():
         module.unfreeze()
         module.set_dtype(mx.float32)
-    loss = KVPredictionLoss(pair, weights or LossWeights())
+    weights = weights or LossWeights()
+    loss = KVPredictionLoss(pair, weights)
+    identity = {"weights": asdict(weights), "trained": sorted(trained), "source": pair.predictor.source}
     pair.base_taps.checkpointed = pair.auxiliary_taps.checkpointed = grad_checkpoint
-    return Trainer(pair, loss, data, settings, state_folder, compiled=compiled)
+    return Trainer(pair, loss, data, settings, state_folder, identity=identity, compiled=compiled)
 
 
 @contextmanager

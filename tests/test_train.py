@@ -117,6 +117,10 @@ def test_other_settings_do_not_resume(tmp_path):
     other = dataclasses.replace(SETTINGS, learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"was trained with learning_rate 0.003, now 0.001: give the same"):
         joint_trainer(make_pair(), data(), other, state_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"was trained with kv 1.0, now 2.0"):
+        joint_trainer(make_pair(), data(), SETTINGS, LossWeights(kv=2.0), tmp_path)
+    with pytest.raises(ValueError, match=r"was trained with data \d+, now \d+"):
+        joint_trainer(make_pair(), data(23), SETTINGS, state_folder=tmp_path)
 
 
 def test_ctrl_c_saves(tmp_path):
