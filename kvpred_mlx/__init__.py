@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kvpred_mlx import _blas, _registration
 
 if TYPE_CHECKING:
+    from kvpred_mlx.exact import ExactPositions
     from kvpred_mlx.generation import GenerationResponse, generate, stream_generate
     from kvpred_mlx.loading import load, load_model, save
     from kvpred_mlx.model import KVPredictionModel
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ExactPositions": "exact",
     "GenerationResponse": "generation",
     "KVPredictionModel": "model",
     "Predictor": "predictor",
@@ -37,6 +39,7 @@ _HOME = {
     "stream_generate": "generation",
 }
 __all__ = [
+    "ExactPositions",
     "GenerationResponse",
     "KVPredictionModel",
     "Predictor",

@@ -101,6 +101,8 @@ def pair_config(model: KVPredictionModel) -> dict[str, Any]:
         "layer_map": list(model.predictor.layer_map),
         "min_prompt_tokens": model.min_prompt_tokens,
     }
+    if model.exact_positions:
+        config["exact_positions"] = model.exact_positions.as_dict()
     return config | quantization_config(model)
 
 

@@ -18,7 +18,10 @@ from mlx_lm.utils import _get_classes
 from kvpred_mlx import cpu_prefill
 from kvpred_mlx._registration import announce
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.exact import ExactPositions, prefill
+from kvpred_mlx.importance import Importance
 from kvpred_mlx.predictor import Predictor
+from kvpred_mlx.rows import ExactRows
 from kvpred_mlx.sites import KV
 from kvpred_mlx.taps import KVTaps
 
@@ -42,6 +45,8 @@ class KVPredictionModel(nn.Module):
         min_prompt_tokens: a call with fewer tokens runs the base alone, unless it continues a prompt
             whose earlier chunk was predicted.  In a batch the longest row counts.  A chunk of one token
             cannot be told from a prompt's last token and is always exact.
+        exact_positions: which of a prompt's positions the base computes exactly (None: the last token only); may
+            be set at any time.
 
     Raises:
         UnsupportedModelError: if a model cannot be tapped; names the family and the reason.
@@ -54,11 +59,13 @@ class KVPredictionModel(nn.Module):
         auxiliary: nn.Module,
         predictor: Predictor,
         min_prompt_tokens: int = MIN_PROMPT_TOKENS,
+        exact_positions: ExactPositions | None = None,
     ):
         super().__init__()
         self._set_taps(KVTaps(base), KVTaps(auxiliary), predictor)
         self.min_prompt_tokens = min_prompt_tokens
         self.exact = False
+        self.exact_positions = exact_positions
         self.model_type = "kvpred"
 
     def _set_taps(self, base: KVTaps, auxiliary: KVTaps, predictor: Predictor) -> None:
@@ -66,6 +73,7 @@ class KVPredictionModel(nn.Module):
         self.base, self.auxiliary, self.predictor = base.model, auxiliary.model, predictor
         self._base_taps, self._auxiliary_taps = base, auxiliary
         self._depth = auxiliary.depth(max(predictor.layer_map) + 1)
+        self.rows, self.importance = ExactRows(base), Importance(auxiliary.model)
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, *, exact: bool | None = None
@@ -87,6 +95,8 @@ class KVPredictionModel(nn.Module):
         is_prompt = inputs.shape[1] >= self.min_prompt_tokens or entry.prompt_open
         if exact or inputs.shape[1] == 1 or not is_prompt:
             return self._decode(inputs, base_cache, entry)
+        if self.exact_positions:
+            return prefill(self, self.exact_positions, inputs, base_cache, entry)
         return self._prefill(inputs, base_cache, entry)
 
     def auxiliary_kv(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[KV]:
@@ -191,6 +201,7 @@ class ModelArgs(BaseModelArgs):
     auxiliary: dict[str, Any]
     layer_map: list[int]
     min_prompt_tokens: int = MIN_PROMPT_TOKENS
+    exact_positions: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         kinds = {"base": dict, "auxiliary": dict, "layer_map": list, "min_prompt_tokens": int}
@@ -204,8 +215,16 @@ class ModelArgs(BaseModelArgs):
             for n in ("base", "auxiliary")
             if "model_type" not in (getattr(self, n) or {})
         ]
+        try:
+            self.dial()
+        except (TypeError, ValueError) as error:
+            wrong.append(f"exact_positions is {self.exact_positions!r}: {error}")
         if wrong:
             raise ValueError("config.json: " + "; ".join(wrong))
+
+    def dial(self) -> ExactPositions | None:
+        """The pair's default of `KVPredictionModel.exact_positions`."""
+        return None if self.exact_positions is None else ExactPositions(**self.exact_positions)
 
 
 class Model(KVPredictionModel):
@@ -218,6 +237,7 @@ class Model(KVPredictionModel):
         self._set_taps(base, auxiliary, predictor)
         self.args, self.model_type = args, args.model_type
         self.min_prompt_tokens, self.exact = args.min_prompt_tokens, False
+        self.exact_positions = args.dial()
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

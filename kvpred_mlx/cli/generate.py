@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+
 if TYPE_CHECKING:
     from kvpred_mlx.generation import GenerationResponse
 
@@ -45,12 +47,16 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="The base alone, without prediction, to compare.")
     ] = False,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
     text = _read_prompt(prompt)
     if kv_bits not in (None, 2, 3, 4, 6, 8):
         raise typer.BadParameter(f"{kv_bits}, expected 2, 3, 4, 6 or 8", param_hint="--kv-bits")
+    dial(exact_first, exact_last, exact_top, None)  # what is wrong with them is said before anything is loaded
     from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     if model is None:
@@ -64,6 +70,7 @@ def generate(
     for token in extra_eos_token or []:
         tokenizer.add_eos_token(token)
     pair.exact = exact
+    pair.exact_positions = dial(exact_first, exact_last, exact_top, pair.exact_positions)
     ids = _encode(tokenizer, text, system_prompt, ignore_chat_template)
     context = context_length(read_config(path))
     if context is not None and len(ids) >= context:
