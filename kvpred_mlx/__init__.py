@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvpred_mlx.loading import load, load_model, save
     from kvpred_mlx.model import KVPredictionModel
     from kvpred_mlx.predictor import Predictor
+    from kvpred_mlx.repair import RepairingModel
     from kvpred_mlx.sites import UnsupportedModelError
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOME = {
     "GenerationResponse": "generation",
     "KVPredictionModel": "model",
     "Predictor": "predictor",
+    "RepairingModel": "repair",
     "UnsupportedModelError": "sites",
     "generate": "generation",
     "load": "loading",
@@ -43,6 +45,7 @@ __all__ = [
     "GenerationResponse",
     "KVPredictionModel",
     "Predictor",
+    "RepairingModel",
     "UnsupportedModelError",
     "generate",
     "load",

@@ -34,6 +34,7 @@ class AuxiliaryCache(CacheList):
     prompt_open = False  #: a predicted prompt is under way: short calls may continue it
     caught_up = False  #: the last call was predicted: the auxiliary has read all there is
     announced: tuple[int, int] | None = None  #: tokens done and in all, of a prompt of known length
+    exact_tokens = 0  #: tokens at the beginning whose base entries a repair has made exact
     provisional = 0  #: tokens of the last call, if it was too short to tell a prompt's end from a draft
     _lengths: list[int] | None = None  # tokens still to come in each row of a right-padded batch
 
@@ -135,6 +136,7 @@ class AuxiliaryCache(CacheList):
         n = self.log.trim(n)
         self.close_prompt()
         self.provisional = max(0, self.provisional - n)
+        self.exact_tokens = min(self.exact_tokens, self.log.size())
         ahead = -min(self.lags())
         if ahead > 0:
             fits = all(c.is_trimmable() and c.size() >= ahead for c in self.auxiliary)

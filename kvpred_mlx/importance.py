@@ -39,17 +39,21 @@ class Importance:
         self._family = getattr(model, "model_type", type(model).__module__)
         self._calls = AttentionCalls(model)
 
+    def check(self) -> None:
+        """Raise UnsupportedModelError if the family does not call mlx-lm's attention."""
+        if not self._calls:
+            raise UnsupportedModelError(
+                f"{self._family}: its attention cannot be seen, so it cannot choose the top positions"
+            )
+
     @contextmanager
     def listen(self) -> Iterator[Heard]:
         """What the model's attention is asked on this thread, lazily.
 
         Raises:
-            UnsupportedModelError: the family does not call mlx-lm's attention.
+            UnsupportedModelError: as `check`.
         """
-        if not self._calls:
-            raise UnsupportedModelError(
-                f"{self._family}: its attention cannot be seen, so it cannot choose the top positions"
-            )
+        self.check()
         heard = Heard()
         with self._calls.seen_by(heard.note):
             yield heard

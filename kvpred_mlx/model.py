@@ -171,6 +171,10 @@ class KVPredictionModel(nn.Module):
             logits = self.base(again, cache=base_cache)[:, redo:]
         else:
             logits = self.base(inputs, cache=base_cache)
+        return self.logged(logits, inputs, entry)
+
+    def logged(self, logits: mx.array, inputs: mx.array, entry: AuxiliaryCache) -> mx.array:
+        """`logits`, once `inputs` [B, L] are logged as decoded."""
         entry.close_prompt()
         entry.provisional = 0
         # Tied to the logits, so that the log is evaluated step by step and not as one long graph.

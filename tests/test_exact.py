@@ -7,6 +7,7 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from conftest import fails
 from families import INJECTABLE, WINDOW, build
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
@@ -356,3 +357,42 @@ def test_the_pairs_own_default(golden_pair, tmp_path):
         (tmp_path / "pair/config.json").write_text(json.dumps(config | {"exact_positions": wrong}))
         with pytest.raises(ValueError, match="exact_positions is"):
             load_model(tmp_path / "pair")
+
+
+PROMPT = "def add(a, b):\n    return a + b\n\n" * 12
+
+
+def test_command_line(run):
+    def output(*options):
+        code, out, err = run("generate", "-p", PROMPT, "-m", 3, "--json", *options)
+        assert code == 0, err
+        return json.loads(out)
+
+    assert output()["exact_positions"] is None
+    assert output("--exact-last", 16)["exact_positions"] == {"first": 0, "last": 16, "top": 0.0}
+    options = ("--exact-last", "0.25", "--exact-first", 2, "--exact-top", 0.1)
+    assert output(*options)["exact_positions"] == {"first": 2, "last": 0.25, "top": 0.1}
+    assert output("--exact-last", "1.0")["text"] == output("--exact")["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--exact-last", "1.5"), ("--exact-last", "'1.5'", "expected a number of tokens")),
+        (("--exact-last", "ten"), ("--exact-last", "'ten'")),
+        (("--exact-last", "nan"), ("--exact-last", "'nan'")),
+        (("--exact-last=-2",), ("--exact-last", "'-2'")),
+        (("--exact-first=-2",), ("--exact-first",)),
+        (("--exact-top", "2"), ("--exact-top",)),
+        (("--repair-budget", "0"), ("--repair-budget", "0", "expected a share")),
+    ],
+)
+def test_bad_arguments(run, options, named):
+    fails(run("generate", "-p", "x", *options), 2, *named)
+
+
+def test_a_pair_that_cannot_is_refused_before_it_generates(run, tmp_path, demo_pair):
+    pair = make_pair("gpt_bigcode", "qwen2")
+    save(tmp_path / "pair", pair, demo_pair[1])
+    result = run("generate", "--model", tmp_path / "pair", "-p", "x", "--exact-top", 0.1)
+    fails(result, 1, "gpt_bigcode", "only its first and last ones")

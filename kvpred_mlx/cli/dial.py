@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from kvpred_mlx.exact import ExactPositions
+    from kvpred_mlx.model import KVPredictionModel
 
 ExactFirst = Annotated[
     int | None,
@@ -17,7 +18,9 @@ ExactFirst = Annotated[
 ExactLast = Annotated[
     str | None,
     typer.Option(
-        "--exact-last", metavar="N|FRACTION", help="The prompt's end that the base computes exactly: 16, or 0.1."
+        "--exact-last",
+        metavar="N|FRACTION",
+        help="The prompt's end that the base computes exactly: 16, or 0.1.",
     ),
 ]
 ExactTop = Annotated[
@@ -43,13 +46,25 @@ def dial(
     return dataclasses.replace(default or ExactPositions(), **changes) if changes else default
 
 
+def set_dial(pair: KVPredictionModel, exact_positions: ExactPositions | None) -> None:
+    """Turn a pair's dial; that its base cannot do it is said now, and not in the middle of a prompt.
+
+    Raises:
+        UnsupportedModelError: the pair's families cannot choose or compute the top positions.
+    """
+    pair.exact_positions = exact_positions
+    if exact_positions and exact_positions.top:
+        pair.rows.check()
+        pair.importance.check()
+
+
 def _count(text: str) -> int | float:
     """`16` is a number of tokens; `0.1` and `1.0` are fractions."""
     try:
         number = int(text) if text.strip().isascii() and text.strip().isdigit() else float(text)
     except ValueError:
         number = -1
-    if not 0 <= number or (isinstance(number, float) and number > 1):
+    if not number >= 0 or (isinstance(number, float) and number > 1):
         raise typer.BadParameter(
             f"{text!r}, expected a number of tokens such as 16, or a fraction such as 0.1",
             param_hint="--exact-last",
