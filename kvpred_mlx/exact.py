@@ -75,11 +75,11 @@ def _share(fraction: float, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What the dial means in one call of `tokens` tokens.
 
     The call's tokens `[0, first)` and `[last, tokens)` are exact and the rest is predicted; then `top` of the
-    tokens `[candidates)` are made exact, counted from the `seen`-th last token of the call and before.
+    tokens `[candidates)`, numbered from the first of the last `seen` ones, are made exact.
     """
 
     tokens: int
@@ -90,9 +90,7 @@ class _Call:
     seen: int
 
     @classmethod
-    def of(
-        cls, dial: ExactPositions, tokens: int, announced: tuple[int, int] | None, windowed: bool
-    ) -> _Call:
+    def of(cls, dial: ExactPositions, tokens: int, announced: tuple[int, int] | None, windowed: bool) -> Call:
         """Without an announced prompt (tokens done, tokens in all) every call is taken for a whole one."""
         done, total = announced or (0, tokens)
         head = total - dial.last_of(total)
@@ -126,7 +124,7 @@ def prefill(
     if dial.top or lengths is not None:
         pair.rows.check()
     windowed = not all(isinstance(c, KVCache | QuantizedKVCache) for c in base_cache)
-    call = _Call.of(dial, tokens, entry.announced if lengths is None else None, windowed)
+    call = Call.of(dial, tokens, entry.announced if lengths is None else None, windowed)
     if lengths is not None:
         call = _ragged(dial, call)
     short = tokens < pair.min_prompt_tokens
@@ -166,14 +164,14 @@ def _fill(pair: KVPredictionModel, predicted: list[KV], tokens: mx.array, base_c
     return pair._base_taps.inject(predicted, tokens, aside, logits=True)
 
 
-def _ragged(dial: ExactPositions, call: _Call) -> _Call:
+def _ragged(dial: ExactPositions, call: Call) -> Call:
     """A padded batch: each row ends elsewhere, so all that is exact is made so afterwards."""
     tokens = call.tokens
-    return _Call(tokens, 0, tokens, dial.top_of(tokens), (call.first, tokens), tokens)
+    return Call(tokens, 0, tokens, dial.top_of(tokens), (call.first, tokens), tokens)
 
 
 def _chosen(
-    dial: ExactPositions, call: _Call, heard: Heard, lags: Sequence[int], lengths: list[int] | None, rows: int
+    dial: ExactPositions, call: Call, heard: Heard, lags: Sequence[int], lengths: list[int] | None, rows: int
 ) -> mx.array | None:
     """Positions [B, n] to make exact among the last `seen` ones, ascending; None if there are none."""
     start, end = call.candidates

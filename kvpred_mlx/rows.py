@@ -32,18 +32,26 @@ class ExactRows:
         self._calls = AttentionCalls(taps.model)
         self._supported: bool | None = None
 
-    def __call__(self, tokens: mx.array, chosen: mx.array, among: int, cache: list[Any]) -> None:
+    def __call__(
+        self,
+        tokens: mx.array,
+        chosen: mx.array,
+        among: int,
+        cache: list[Any],
+        positions: mx.array | None = None,
+    ) -> None:
         """Process `tokens` [B, n] at their places and overwrite their entries.
 
         Args:
             chosen: [B, n], their places among the last `among` columns of the cache.
             cache: filled up to there in calls of more than one token; updated in place.
+            positions: [B, n], the tokens' positions (default: those of their columns).
 
         Raises:
             UnsupportedModelError: the family cannot process tokens this way.
         """
         self.check()
-        self._process(tokens, chosen, among, cache)
+        self._process(tokens, chosen, among, cache, positions)
 
     def check(self) -> None:
         """Raise UnsupportedModelError if the family cannot."""
@@ -60,8 +68,15 @@ class ExactRows:
             self._supported = self._probe()
         return self._supported
 
-    def _process(self, tokens: mx.array, chosen: mx.array, among: int, cache: list[Any]) -> None:
-        rows = [RowCache(entry, chosen, among) for entry in cache]
+    def _process(
+        self,
+        tokens: mx.array,
+        chosen: mx.array,
+        among: int,
+        cache: list[Any],
+        positions: mx.array | None = None,
+    ) -> None:
+        rows = [RowCache(entry, chosen, among, positions) for entry in cache]
         with self._calls.seen_by(_grouped):
             self._taps.model(tokens.reshape(-1, 1), cache=rows)
 
@@ -101,15 +116,16 @@ class RowCache:
     Args:
         entry: a cache entry of mlx-lm that holds the rows' columns, in order of time.
         chosen: [B, n], places among the last `among` columns.
+        positions: [B, n], the tokens' positions (default: those of their columns).
     """
 
-    def __init__(self, entry: Any, chosen: mx.array, among: int):
+    def __init__(self, entry: Any, chosen: mx.array, among: int, positions: mx.array | None = None):
         self._entry, self._grid = entry, chosen.shape
         stored: Any = entry.keys_and_values()[0]
         self._width = (stored[0] if isinstance(stored, tuple | list) else stored).shape[2]
         self._columns = chosen + (self._width - among)
         offset = entry.offset if isinstance(entry.offset, int) else entry.offset[:, None]
-        self.offset = (chosen + (offset - among)).reshape(-1)
+        self.offset = (chosen + (offset - among) if positions is None else positions).reshape(-1)
         self.fetched: tuple[Any, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:

@@ -43,10 +43,10 @@ def watched(model):
     """The positions that the rows of `model` are asked for, call by call."""
     seen, process = [], model.rows._process
 
-    def spy(tokens, chosen, among, cache):
+    def spy(tokens, chosen, among, cache, positions=None):
         if chosen.shape[0] != 1 or tokens.shape[1] != 12 or among != 12:  # not the probe
             seen.append((chosen.tolist(), among))
-        process(tokens, chosen, among, cache)
+        process(tokens, chosen, among, cache, positions)
 
     model.rows._process = spy
     return seen

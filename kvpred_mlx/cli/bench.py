@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+
 if TYPE_CHECKING:
     from kvpred_mlx.bench.run import Results, Settings
     from kvpred_mlx.model import KVPredictionModel
@@ -52,6 +54,9 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random prompts and weights.")] = 0,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two results.json: the change of every ratio.")
     ] = None,
@@ -67,6 +72,7 @@ def bench(
     lengths = _numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
     batches = _numbers("--batch-sizes", batch_sizes or ["1"], 1)
     steps = _numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
+    exact_positions = dial(exact_first, exact_last, exact_top, None)
     _set_device(device)
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -81,6 +87,8 @@ def bench(
     check_new(folder)
     notes = [] if path is None else _check_context(path, lengths, model is None)
     pair, prompt = _load(path, preset, dtype, settings, prompt_file)
+    if exact_positions is not None:
+        set_dial(pair, dial(exact_first, exact_last, exact_top, pair.exact_positions))
     results: Results = {}
 
     def finished(so_far: Results) -> None:
