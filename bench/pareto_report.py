@@ -118,9 +118,7 @@ def figure(cell: Cell, name: str) -> dict[str, float] | None:
 
 def exact_cell(results: Results, prompt_tokens: int) -> Cell:
     """The base alone at that length."""
-    return next(
-        c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact")
-    )
+    return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
 
 
 def _values(results: Results, cell: Cell) -> Iterator[str]:
@@ -143,7 +141,9 @@ def _interval(found: dict[str, float] | None, middle: str, form: str) -> str:
 def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
     for cell in results["cells"]:
         row = {"pair": results["pair"]["name"]}
-        row |= {name: cell[name] for name in ("prompt_tokens", "method", "budget", "flops", "ttft", "skipped")}
+        row |= {
+            name: cell[name] for name in ("prompt_tokens", "method", "budget", "flops", "ttft", "skipped")
+        }
         for name, found in (
             ("sooner", cell["sooner"]),
             *((name, figure(cell, name)) for name in (*SHOWN, "recall")),

@@ -54,7 +54,9 @@ def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Mode:
         kept, (B, n) = columns(prompt[:, :-1]), prompt[:, :-1].shape
         tokens, k = mx.take_along_axis(prompt, kept, axis=1), kept.shape[1]
         cache = make_prompt_cache(pair.base)
-        nothing = [KV(*(mx.zeros((B, k, width)) for width in widths)) for widths in pair.predictor.base_widths]
+        nothing = [
+            KV(*(mx.zeros((B, k, width)) for width in widths)) for widths in pair.predictor.base_widths
+        ]
         pair.fill(nothing, tokens, cache)
         pair.rows(tokens, mx.broadcast_to(mx.arange(k), (B, k)), k, cache, kept)
         return pair.base, [SparseKVCache(n - k, *c.keys_and_values()) for c in cache]

@@ -13,6 +13,7 @@ from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
+from kvpred_mlx.cli.pareto import pareto
 
 app = typer.Typer(
     name="kvpred-mlx",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(pareto)
 app.command()(convert)
 app.command()(info)
 app.command()(demo)

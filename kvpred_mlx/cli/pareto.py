@@ -21,7 +21,8 @@ def pareto(
         str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Held-out text: a file of text or JSONL, or a directory of such files.")
+        Path | None,
+        typer.Option(help="Held-out text: a file of text or JSONL, or a directory of such files."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A published pair's shapes with random weights: FLOPs and TTFT only.")
@@ -30,9 +31,7 @@ def pareto(
     methods: Annotated[
         list[str] | None, typer.Option(help="Methods, by name; 'list' shows them. Default: all.")
     ] = None,
-    budgets: Annotated[
-        list[str] | None, typer.Option(help="Shares of the prompt, 0.05,0.1,0.2,0.4.")
-    ] = None,
+    budgets: Annotated[list[str] | None, typer.Option(help="Shares of the prompt, 0.05,0.1,0.2,0.4.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Prompts of real text, at most.")] = 160,
     score_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 64,
     questions: Annotated[
@@ -115,7 +114,12 @@ def _shares(given: list[str]) -> list[float]:
 
 
 def _load(
-    pair: str | None, preset: str | None, dtype: str | None, data: Path | None, text_key: str, settings: Settings
+    pair: str | None,
+    preset: str | None,
+    dtype: str | None,
+    data: Path | None,
+    text_key: str,
+    settings: Settings,
 ) -> tuple[KVPredictionModel, str, Data | None]:
     from kvpred_mlx.bench.pareto import Data
 
