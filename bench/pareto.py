@@ -96,11 +96,15 @@ def pareto(
     if before is not None:
         _check_same(before, results)
         results = before
+
+    def warn(note: str) -> None:
+        results["warnings"] += [note] if note not in results["warnings"] else []
+
     for n in settings.prompt_lens:
         cells = [c for c in results["cells"] if c["prompt_tokens"] == n and c["skipped"] is None]
         if data is not None:
             _score(pair, data, cells, settings, n, progress, lambda: finished(results))
-            _recall(pair, data, cells, settings, n, progress, lambda: finished(results))
+            _recall(pair, data, cells, settings, n, progress, lambda: finished(results), warn)
         _time(pair, cells, settings, n, progress, lambda: finished(results))
     results["complete"] = True
     finished(results)
@@ -163,7 +167,7 @@ def _check_same(before: Results, now: Results) -> None:
         differ = [k for k, v in now[part].items() if before[part].get(k) != v]
         if differ:
             given = ", ".join(f"{k} {before[part].get(k)!r}, now {now[part][k]!r}" for k in differ)
-            raise ValueError(f"the results there are of another {part}: {given}")
+            raise ValueError(f"the {part} of the results there and now differ: {given}")
 
 
 def _score(
@@ -187,11 +191,15 @@ def _score(
 
 def _recall(
     pair: KVPredictionModel, data: Data, cells: list[Cell], settings: Settings, n: int,
-    progress: Progress, finished: Callable[[], None],
+    progress: Progress, finished: Callable[[], None], warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     if not settings.questions or all(c["recall"] is not None for c in cells):
         return
-    asked = recall_score.questions(data.tokenizer, data.documents, n, settings.questions, settings.seed)
+    try:
+        asked = recall_score.questions(data.tokenizer, data.documents, n, settings.questions, settings.seed)
+    except ValueError as error:  # the facts alone are longer than the prompt
+        warn(f"no recall at {n} tokens: {error}")
+        return
     for cell in cells:
         if cell["recall"] is None:
             mode = METHODS[cell["method"]].mode(pair, cell["budget"] or 0.0)
