@@ -64,13 +64,12 @@ def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int
     The chosen (`top`) positions are not known beforehand: each costs as much as a candidate does on average.
     """
     call = Call.of(dial, prompt_tokens - 1, None, windowed=False)
-    read = call.tokens if dial.top else call.last
     base, candidates = Cost(fill(pair.base), caches(pair.base)), range(*call.candidates)
     chosen = call.top * base.between(*call.candidates) // len(candidates) if call.top else 0
     exact = base.until(call.first) + base.between(call.last, call.tokens) + chosen
     scores = scores_flops(pair, call.tokens) if call.top else 0
     return (
-        Cost(predict(pair), auxiliary_caches(pair)).until(read)
+        Cost(predict(pair), auxiliary_caches(pair)).until(call.read)
         + scores
         + exact
         + step_flops(pair.base, call.tokens)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ class Call:
     """What the dial means in one call of `tokens` tokens.
 
     The call's tokens `[0, first)` and `[last, tokens)` are exact and the rest is predicted; then `top` of the
-    tokens `[candidates)`, numbered from the first of the last `seen` ones, are made exact.
+    tokens `[candidates)`, numbered from the first of the last `seen` ones, are made exact.  The auxiliary reads the
+    tokens `[0, read)`.
     """
 
     tokens: int
@@ -88,6 +90,7 @@ class Call:
     top: int
     candidates: tuple[int, int]
     seen: int
+    read: int
 
     @classmethod
     def of(cls, dial: ExactPositions, tokens: int, announced: tuple[int, int] | None, windowed: bool) -> Call:
@@ -104,7 +107,8 @@ class Call:
         if windowed and top and last - first == 1:  # no gap in a ring: a single token is simply exact
             first = last = end = start
         top = min(top, max(0, end - start))
-        return cls(tokens, first, last, top, (start, end), whole)
+        read = tokens if dial.top else last if last > first else 0
+        return cls(tokens, first, last, top, (start, end), whole, read)
 
 
 def prefill(
@@ -121,38 +125,42 @@ def prefill(
     """
     tokens = inputs.shape[1]
     lags, lengths = entry.lags(), entry.lengths(tokens)
-    if dial.top or lengths is not None:
-        pair.rows.check()
-    windowed = not all(isinstance(c, KVCache | QuantizedKVCache) for c in base_cache)
-    call = Call.of(dial, tokens, entry.announced if lengths is None else None, windowed)
-    if lengths is not None:
-        call = _ragged(dial, call)
+    call = _call(pair, dial, tokens, base_cache, entry)
     short = tokens < pair.min_prompt_tokens
     aside = copy.deepcopy(base_cache) if short else None
-    reads = tokens if dial.top or short or lengths is not None else call.last
-
-    predicted: list[KV] = []
+    read = tokens if short else call.read
     with pair.importance.listen() if call.top else nullcontext(Heard()) as heard:
-        if reads:
-            predicted = pair._predict(inputs[:, :reads], entry)
+        predicted = pair._predict(inputs[:, :read], entry) if read else []
     entry.append(inputs)
 
-    parts = []
-    if call.first:
-        parts.append(pair.base(inputs[:, : call.first], cache=base_cache))
-    if call.last > call.first:
+    before, middle, after = (inputs[:, a:b] for a, b in pairwise((0, call.first, call.last, tokens)))
+    parts = [pair.base(before, cache=base_cache)] if before.size else []
+    if middle.size:
         part = slice(call.first, call.last)
         filled = [KV(k[:, part], v[:, part]) for k, v in predicted]
-        parts.append(_fill(pair, filled, inputs[:, part], base_cache))
+        parts.append(_fill(pair, filled, middle, base_cache))
     chosen = _chosen(dial, call, heard, lags, lengths, inputs.shape[0])
     if chosen is not None:
-        behind = tokens - call.last  # tokens that are logged, but not in the base's cache yet
-        logged = entry.tail(call.seen)
-        pair.rows(mx.take_along_axis(logged, chosen, axis=1), chosen, call.seen - behind, base_cache)
-    if call.last < tokens:
-        parts.append(pair.base(inputs[:, call.last :], cache=base_cache))
-    entry.read_on(tokens, all_read=reads == tokens, provisional=short and call.last > call.first)
+        picked = mx.take_along_axis(entry.tail(call.seen), chosen, axis=1)
+        pair.rows(picked, chosen, call.seen - after.shape[1], base_cache)
+    parts += [pair.base(after, cache=base_cache)] if after.size else []
+    entry.read_on(tokens, all_read=read == tokens, provisional=short and middle.size > 0)
     return mx.concatenate(parts, axis=1) if aside is None else pair.base(inputs, cache=aside)
+
+
+def _call(
+    pair: KVPredictionModel, dial: ExactPositions, tokens: int, base_cache: list[Any], entry: AuxiliaryCache
+) -> Call:
+    """The plan of a call; raises UnsupportedModelError if the base cannot follow it."""
+    padded = entry.lengths(tokens) is not None
+    if dial.top or padded:
+        pair.rows.check()
+    windowed = not all(isinstance(c, KVCache | QuantizedKVCache) for c in base_cache)
+    call = Call.of(dial, tokens, None if padded else entry.announced, windowed)
+    if not padded:
+        return call
+    # Each row ends elsewhere, so all that is exact is made so afterwards.
+    return Call(tokens, 0, tokens, dial.top_of(tokens), (call.first, tokens), tokens, tokens)
 
 
 def _fill(pair: KVPredictionModel, predicted: list[KV], tokens: mx.array, base_cache: list[Any]) -> mx.array:
@@ -162,12 +170,6 @@ def _fill(pair: KVPredictionModel, predicted: list[KV], tokens: mx.array, base_c
     aside = copy.deepcopy(base_cache)
     pair.fill(predicted, tokens, base_cache)
     return pair._base_taps.inject(predicted, tokens, aside, logits=True)
-
-
-def _ragged(dial: ExactPositions, call: Call) -> Call:
-    """A padded batch: each row ends elsewhere, so all that is exact is made so afterwards."""
-    tokens = call.tokens
-    return Call(tokens, 0, tokens, dial.top_of(tokens), (call.first, tokens), tokens)
 
 
 def _chosen(
