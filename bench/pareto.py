@@ -220,7 +220,8 @@ def _time(
         return
     timed = [c for c in cells if c["ttft"] is None or c["method"] == "exact"]
     tokens = mx.random.randint(0, pair.vocab_size, (1, n), key=mx.random.key(settings.seed))
-    made, seconds = modes(pair, timed), {label(c): [] for c in timed}
+    made = modes(pair, timed)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
     for trial in range(settings.trials + 1):
         for i, (name, mode) in enumerate(made.items()):
             progress(f"{n} tokens: TTFT, {name}", trial * len(made) + i, (settings.trials + 1) * len(made))

@@ -44,7 +44,7 @@ class Answer:
         return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 2 else None
 
 
-def answer(pair: KVPredictionModel, prompt: Sequence[int], tokens: int, budget: float | None) -> Answer:
+def answer(pair: KVPredictionModel, prompt: list[int], tokens: int, budget: float | None) -> Answer:
     """Generate `tokens` tokens, repaired with a budget or (None) not at all."""
     model = pair if budget is None else RepairingModel(pair, budget)
     options: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def answer(pair: KVPredictionModel, prompt: Sequence[int], tokens: int, budget: 
         found.append(token)
         times.append(time.perf_counter())
     logits = pair.base(mx.array([[*prompt, *found[:-1]]]))[0, len(prompt) - 1 :]
-    exact = mx.argmax(logits, axis=-1).tolist()
+    exact: Any = mx.argmax(logits, axis=-1).tolist()
     since = None if budget is None else model.progress.exact_from
     return Answer([a == b for a, b in zip(found, exact, strict=True)], since, times)
 

@@ -63,8 +63,6 @@ def stream_generate(
     Raises:
         ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired.
     """
-    if repair and (draft_model is not None or not isinstance(model, KVPredictionModel)):
-        raise ValueError("only a pair without a draft model has a predicted cache to repair")
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
     if draft_model is None:
@@ -72,8 +70,10 @@ def stream_generate(
         if isinstance(model, KVPredictionModel):
             announce_prompt(model, prompt.size, kwargs)
     if repair:
+        if draft_model is not None or not isinstance(model, KVPredictionModel):
+            raise ValueError("only a pair without a draft model has a predicted cache to repair")
         model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
-    rates = _Rates(model.progress if repair else None)
+    rates = _Rates(model.progress if isinstance(model, RepairingModel) else None)
     responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
         clock.first_response()

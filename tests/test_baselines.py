@@ -106,7 +106,7 @@ def test_what_a_pair_cannot_do_is_said():
 
 
 def test_the_dials_flops():
-    pair, n = make_pair("qwen2", "qwen2"), 80
+    pair, n = make_pair("qwen2", "qwen2", layer_map=[0, 0, 1, 1]), 80
     exact, plain = full_prefill_flops(pair.base, n), ttft_flops(pair, n).predicted
     assert dial_flops(pair, ExactPositions(), n) == plain
     assert dial_flops(pair, ExactPositions(last=1.0), n) == exact

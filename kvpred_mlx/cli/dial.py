@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def dial(
     """The exact positions of a command: each option that was given in the place of the pair's own setting."""
     from kvpred_mlx.exact import ExactPositions
 
-    given = {"first": first, "last": None if last is None else _count(last), "top": top}
+    given: dict[str, Any] = {"first": first, "last": None if last is None else _count(last), "top": top}
     changes = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(default or ExactPositions(), **changes) if changes else default
 

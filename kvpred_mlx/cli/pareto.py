@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpred_mlx.cli import bench as cli_bench
+from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.pareto import Data, Results, Settings
@@ -40,6 +40,12 @@ def pareto(
     trials: Annotated[int, typer.Option(min=1, help="Timed first tokens of each method and budget.")] = 5,
     text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's own choice.")] = None,
     output_dir: Annotated[
         Path, typer.Option(help="Folder for results; an interrupted run goes on from what is there.")
@@ -49,7 +55,7 @@ def pareto(
     seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
 ) -> None:
     """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
-    cli_bench.check_installed()
+    check_installed()
     names = _methods(methods)
     if names is None:
         return
@@ -57,9 +63,9 @@ def pareto(
         raise typer.BadParameter("expected one of the two", param_hint="--data or --preset")
     if preset is not None and pair is not None:
         raise typer.BadParameter("given with PAIR, expected one of the two", param_hint="--preset")
-    lengths = cli_bench.numbers("--prompt-lens", prompt_lens or ["256,512"], 2)
+    lengths = numbers("--prompt-lens", prompt_lens or ["256,512"], 2)
     shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
-    cli_bench.set_device(device)
+    set_device(device)
 
     from kvpred_mlx.bench.pareto import Settings
     from kvpred_mlx.bench.pareto_report import read, write
@@ -69,6 +75,8 @@ def pareto(
     before = read(there) if there.exists() else None
     output_dir.mkdir(parents=True, exist_ok=True)
     model, name, held_out = _load(pair, preset, dtype, data, text_key, settings)
+    if dequantize:
+        _dequantize(model)
     results: Results = {}
 
     def finished(so_far: Results) -> None:
@@ -123,8 +131,8 @@ def _load(
 ) -> tuple[KVPredictionModel, str, Data | None]:
     from kvpred_mlx.bench.pareto import Data
 
-    name, path = cli_bench.name_and_path(pair, preset)
-    model, tokenizer = cli_bench.load_pair(path, preset, dtype, settings.seed)
+    name, path = name_and_path(pair, preset)
+    model, tokenizer = load_pair(path, preset, dtype, settings.seed)
     if data is None:
         return model, name, None
     if tokenizer is None:
@@ -134,10 +142,19 @@ def _load(
     return model, name, Data(tokenizer, documents, ids)
 
 
+def _dequantize(model: KVPredictionModel) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model
+
+    for part in (model.base, model.auxiliary, model.predictor):
+        dequantize_model(part)
+    mx.eval(model.parameters())
+
+
 def _read_documents(data: Path, text_key: str) -> list[str]:
     from kvpred_mlx.data import read_documents
 
-    return read_documents(data, text_key)
+    return list(read_documents(data, text_key))
 
 
 def _with_progress(
