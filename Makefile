@@ -14,15 +14,18 @@ BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench readme convert openblas clean
+.PHONY: help setup demo demo-pair test lint bench readme convert openblas clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: openblas $(RUNTIME)  ## virtual environment, MLX backend, this package
 
 demo: setup  ## generate with the bundled pair, predicted and exact side by side
 	$(BIN)/kvpred-mlx demo
+
+demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [MINUTES=60 FOLDER=demo-pair]
+	$(BIN)/python -m kvpred_mlx.bench.demo_pair --minutes $(or $(MINUTES),60) --folder $(or $(FOLDER),demo-pair)
 
 test: setup $(DEV) lint  ## lint, types and tests
 	$(BIN)/python -m pytest -q tests

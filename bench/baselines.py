@@ -30,7 +30,7 @@ from kvpred_mlx.bench.sparse import at_random, attended, check_windows, drop_all
 from kvpred_mlx.exact import ExactPositions
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.quality import Mode
-from kvpred_mlx.taps import _layer_list_owners
+from kvpred_mlx.shadows import layer_list_owners
 
 SINKS = 4
 
@@ -84,7 +84,7 @@ def pruned(model: nn.Module, share: float) -> nn.Module:
     made = copy.deepcopy(model, {id(array): array for array in arrays})
     count, total = max(2, ceil(share * len(model.layers))), len(model.layers)
     kept = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
-    for owner, name in _layer_list_owners(made):
+    for owner, name in layer_list_owners(made):
         owner[name] = [owner[name][i] for i in kept]
     return made
 

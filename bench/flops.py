@@ -94,7 +94,7 @@ def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
 
 def read(pair: KVPredictionModel) -> Step:
     """The auxiliary, as far as the predictor reads it."""
-    return lambda tokens, cache: pair.auxiliary_kv(tokens, cache)
+    return lambda tokens, cache: pair.auxiliary_features(tokens, cache)
 
 
 def predict(pair: KVPredictionModel) -> Step:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import psutil
 
 from kvpred_mlx import _blas
+from kvpred_mlx.cpu_prefill import on_cpu
 
 PACKAGES = ("kvpred-mlx", "mlx", "mlx-lm", "numpy", "scipy")
 BUSY = 0.25  # share of the cores that others may use before the report warns
@@ -82,7 +83,7 @@ def _seconds(a: mx.array, b: mx.array) -> float:
 
 
 def _device() -> str:
-    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    return "cpu" if on_cpu() else "gpu"
 
 
 def _processor() -> str:

@@ -13,11 +13,12 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx import cpu_prefill
-from kvpred_mlx.bench.presets import weight_bytes
+from kvpred_mlx.description import weight_bytes
 from kvpred_mlx.generation import announce_prompt
 from kvpred_mlx.model import KVPredictionModel
 
 MODES = ("exact", "predicted", "auxiliary")
+PARTS = {"auxiliary": "auxiliary", "projection": "projection and cache", "base_step": "base step"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def generate(model: nn.Module, tokens: mx.array, step_size: int, max_tokens: int
 def parts(pair: KVPredictionModel, tokens: mx.array, step_size: int) -> Parts:
     """The parts of a predicted TTFT for `tokens` [B, n]."""
     started = before = time.perf_counter()
-    spent = {"auxiliary": 0.0, "projection": 0.0, "base_step": 0.0}
+    spent = dict.fromkeys(PARTS, 0.0)
 
     def lap(name: str, *arrays: Any) -> None:
         nonlocal before
@@ -86,7 +87,7 @@ def parts(pair: KVPredictionModel, tokens: mx.array, step_size: int) -> Parts:
     prompt, last = tokens[:, :-1], tokens[:, -1:]
     for first in range(0, prompt.shape[1], step_size):
         chunk = prompt[:, first : first + step_size]
-        recorded = cpu_prefill.read(partial(pair.auxiliary_kv, caches=entry.auxiliary), chunk)
+        recorded = cpu_prefill.read(partial(pair.auxiliary_features, caches=entry.auxiliary), chunk)
         lap("auxiliary", recorded, [c.state for c in entry.auxiliary])
         pair.fill(pair.predictor(recorded), chunk, base_cache)
         lap("projection", [c.state for c in base_cache])

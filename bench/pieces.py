@@ -20,12 +20,12 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx import cpu_prefill
 from kvpred_mlx.bench.presets import build_preset
-from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import Features
 from kvpred_mlx.taps import KVTaps
 
 PRESET = "openelm-1_1b:openelm-270m"
 TRIALS = 3
-Read = Callable[[Callable[[mx.array], Sequence[KV]], mx.array], Sequence[KV]]
+Read = Callable[[Callable[[mx.array], Sequence[Features]], mx.array], Sequence[Features]]
 
 
 def main(prompt_lens: list[int]) -> None:

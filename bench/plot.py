@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvpred_mlx.bench.measure import PARTS
 from kvpred_mlx.bench.report import MODE_NAMES, machine_line, part_medians
 from kvpred_mlx.bench.run import Results
 
 COLORS = {"exact": "tab:gray", "predicted": "tab:blue", "auxiliary": "tab:green"}
-PARTS = {"auxiliary": "auxiliary", "projection": "projection and cache", "base_step": "base step"}
 
 
 def plot(results: Results, path: Path) -> None:

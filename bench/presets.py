@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.utils import get_total_parameters
 
 from kvpred_mlx.bench.machine import available_bytes
@@ -105,8 +105,3 @@ def _config(name: str) -> dict[str, Any]:
 def _random(shape: tuple[int, ...]) -> mx.array:
     # Norm weights are ones; matrices keep the size of what they are multiplied with.
     return mx.random.uniform(-1, 1, shape) * (3 / shape[-1]) ** 0.5 if len(shape) > 1 else mx.ones(shape)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a module's arrays."""
-    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from kvpred_mlx.bench.measure import PARTS
 from kvpred_mlx.bench.run import BEST, Results
 from kvpred_mlx.bench.statistics import Interval, ratio_of_medians
 
@@ -144,7 +145,7 @@ def _ratios(results: Results) -> Table:
 
 def _parts(results: Results) -> Table:
     caption = "seconds, each part evaluated before the next begins: their sum is not the TTFT"
-    columns = ("tokens", "batch", "auxiliary", "projection and cache", "base step", "TTFT / (aux. + step)")
+    columns = ("tokens", "batch", *PARTS.values(), "TTFT / (aux. + step)")
     table = _table("parts of a predicted TTFT, measured by themselves", caption, *columns)
     for shape in results["shapes"]:
         if shape["parts"]:
@@ -168,7 +169,7 @@ def _table(title: str, caption: str, *columns: str) -> Table:
 
 def part_medians(shape: dict[str, Any]) -> dict[str, float]:
     """The median seconds of each part of a shape's predicted TTFT."""
-    return {k: median(p[k] for p in shape["parts"]) for k in ("auxiliary", "projection", "base_step")}
+    return {k: median(p[k] for p in shape["parts"]) for k in PARTS}
 
 
 def _compared(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any], float, float]]:

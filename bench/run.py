@@ -16,8 +16,8 @@ import mlx.core as mx
 from kvpred_mlx.bench import machine
 from kvpred_mlx.bench.flops import TTFT, prefill_bytes, ttft_flops
 from kvpred_mlx.bench.measure import MODES, Parts, Trial, generate, model_of, parts
-from kvpred_mlx.bench.presets import weight_bytes
 from kvpred_mlx.bench.statistics import NOISY, paired_ratio, spread
+from kvpred_mlx.description import weight_bytes
 from kvpred_mlx.loading import quantization_config
 from kvpred_mlx.model import KVPredictionModel
 

@@ -15,7 +15,7 @@ from math import ceil
 import mlx.core as mx
 
 from kvpred_mlx import _blas
-from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import Features
 
 PIECE_TOKENS = 128
 MIN_PIECE_TOKENS = 48
@@ -24,22 +24,26 @@ MAX_STREAMS = 4  # a wavefront of more would wait for itself: each piece needs t
 _streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(MAX_STREAMS)]
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def default_streams() -> list[mx.ThreadLocalStream]:
     """The streams to read a prompt on; none where one does it."""
     threads = _blas.threads() or 1
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return _streams[:threads] if on_cpu and 1 < threads <= MAX_STREAMS else []
+    return _streams[:threads] if on_cpu() and 1 < threads <= MAX_STREAMS else []
 
 
 def read(
-    record: Callable[[mx.array], Sequence[KV]],
+    record: Callable[[mx.array], Sequence[Features]],
     tokens: mx.array,
     streams: Sequence[mx.ThreadLocalStream] | None = None,
-) -> list[KV]:
-    """Raw keys and values of `tokens` [B, L], read piece by piece where that is faster.
+) -> list[Features]:
+    """What `record` gives of `tokens` [B, L], read piece by piece where that is faster.
 
     Args:
-        record: raw keys and values of a piece [B, l], whose cache is that of the piece before.
+        record: features of a piece's layers, `[B, l, width]` each; its cache is that of the piece before.
         streams: what to read on, in turn (default: `default_streams`; none: the current one, lazily).
     """
     spread = default_streams() if streams is None else streams
@@ -51,7 +55,7 @@ def read(
         with mx.stream(spread[i % len(spread)] if spread else mx.default_stream(mx.cpu)):
             pieces.append(record(tokens[:, start:end]))
     whole = [
-        KV(*(mx.concatenate(list(parts), axis=1) for parts in zip(*layer, strict=True)))
+        tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*layer, strict=True))
         for layer in zip(*pieces, strict=True)
     ]
     if spread:
@@ -59,7 +63,7 @@ def read(
     return whole
 
 
-def _evaluate(arrays: list[KV]) -> None:
+def _evaluate(arrays: list[Features]) -> None:
     """Now, because the number of BLAS threads cannot be part of a lazy graph."""
     with _blas.one_thread():
         try:
@@ -71,7 +75,7 @@ def _evaluate(arrays: list[KV]) -> None:
 
 def cuts(tokens: int, n_streams: int) -> list[int]:
     """Where the pieces of a prompt end: of about equal length, as many for one stream as for another."""
-    if mx.default_device() != mx.Device(mx.cpu) or tokens < 2 * MIN_PIECE_TOKENS:
+    if not on_cpu() or tokens < 2 * MIN_PIECE_TOKENS:
         return [tokens]
     count = n_streams * ceil(tokens / (PIECE_TOKENS * n_streams))
     return [tokens * (i + 1) // count for i in range(count)]

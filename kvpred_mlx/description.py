@@ -30,10 +30,16 @@ def describe(path: Path) -> dict[str, Any]:
         **roles,
         "predictor": _part(model.predictor),
         "layer_map": list(model.predictor.layer_map),
+        "source": model.predictor.source,
         "min_prompt_tokens": model.min_prompt_tokens,
         "context_length": context_length(config),
         "tokenizer": any((path / name).exists() for name in TOKENIZER_FILES),
     }
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's arrays."""
+    return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
 
 
 def _part(module: nn.Module) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def _part(module: nn.Module) -> dict[str, Any]:
     floats = sorted({str(a.dtype).rpartition(".")[2] for a in arrays if mx.issubdtype(a.dtype, mx.floating)})
     return {
         "parameters": get_total_parameters(module),
-        "bytes": sum(a.nbytes for a in arrays),
+        "bytes": weight_bytes(module),
         "dtype": " and ".join(floats),
         "quantization": quantization_config(module).get("quantization"),
     }

@@ -165,11 +165,11 @@ def _call(
 
 def _fill(pair: KVPredictionModel, predicted: list[KV], tokens: mx.array, base_cache: list[Any]) -> mx.array:
     """Append predicted entries; the teacher-forced logits, lazy."""
-    if not pair._base_taps.fused:
-        return pair._base_taps.inject(predicted, tokens, base_cache, logits=True)
+    if not pair.base_taps.fused:
+        return pair.base_taps.inject(predicted, tokens, base_cache, logits=True)
     aside = copy.deepcopy(base_cache)
     pair.fill(predicted, tokens, base_cache)
-    return pair._base_taps.inject(predicted, tokens, aside, logits=True)
+    return pair.base_taps.inject(predicted, tokens, aside, logits=True)
 
 
 def _chosen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,8 @@ def load(
     model = load_model(path, lazy=lazy)
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         return model, None
-    eos = read_config(path).get("eos_token_id")
+    config = read_config(path)
+    eos = config.get("eos_token_id", config["base"].get("eos_token_id"))
     return model, mlx_lm.utils.load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
 
 
@@ -67,9 +69,9 @@ def load_model(path: str | Path, *, lazy: bool = False) -> KVPredictionModel:
             path, lazy=lazy, get_model_classes=lambda config: (Model, ModelArgs)
         )
     except RuntimeError as error:  # mlx: a file that cannot be read, or ends early
-        raise ValueError(f"{path}: damaged weights: {_one_line(error)}") from error
+        raise ValueError(f"{path}: damaged weights: {one_line(error)}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return cast(KVPredictionModel, model)
 
 
@@ -79,8 +81,12 @@ def save(
     tokenizer: TokenizerWrapper | None = None,
     *,
     overwrite: bool = False,
+    extras: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Save a pair as one flat mlx-lm directory; an interrupted save leaves nothing at `path`.
+
+    Args:
+        extras: called with the directory before it takes its place, to add files of its own.
 
     Raises:
         FileExistsError: `path` is there and `overwrite` is false, or it is not a model directory.
@@ -90,6 +96,7 @@ def save(
         mlx_lm.utils.save_config(pair_config(model), directory / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        extras(directory)
 
 
 def pair_config(model: KVPredictionModel) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def pair_config(model: KVPredictionModel) -> dict[str, Any]:
         "base": _model_config(model.base, getattr(model, "args", None), "base"),
         "auxiliary": _model_config(model.auxiliary, getattr(model, "args", None), "auxiliary"),
         "layer_map": list(model.predictor.layer_map),
+        "source": model.predictor.source,
         "min_prompt_tokens": model.min_prompt_tokens,
     }
     if model.exact_positions:
@@ -136,7 +144,7 @@ def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{name}: no such directory, and not to be had from the Hugging Face hub: {_one_line(error)}"
+            f"{name}: no such directory, and not to be had from the Hugging Face hub: {one_line(error)}"
         ) from error
 
 
@@ -154,7 +162,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = mlx_lm.utils.load_config(path)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / 'config.json'}: not JSON: {_one_line(error)}") from error
+        raise ValueError(f"{path / 'config.json'}: not JSON: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("model_type") != "kvpred":
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: model_type is {kind!r}, expected 'kvpred' (a pair)")
@@ -177,5 +185,6 @@ def _model_config(model: nn.Module, pair_args: Any, role: str) -> dict[str, Any]
     return dataclasses.asdict(model.args)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

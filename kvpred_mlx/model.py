@@ -23,6 +23,7 @@ from kvpred_mlx.importance import Importance
 from kvpred_mlx.predictor import Predictor
 from kvpred_mlx.rows import ExactRows
 from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import Features, check_source, feature_widths, layers_read, record
 from kvpred_mlx.taps import KVTaps
 
 MIN_PROMPT_TOKENS = 32
@@ -71,8 +72,8 @@ class KVPredictionModel(nn.Module):
     def _set_taps(self, base: KVTaps, auxiliary: KVTaps, predictor: Predictor) -> None:
         _check_widths(predictor, base, auxiliary)
         self.base, self.auxiliary, self.predictor = base.model, auxiliary.model, predictor
-        self._base_taps, self._auxiliary_taps = base, auxiliary
-        self._depth = auxiliary.depth(max(predictor.layer_map) + 1)
+        self.base_taps, self.auxiliary_taps = base, auxiliary
+        self._depth = auxiliary.depth(layers_read(predictor.source, predictor.layer_map, auxiliary))
         self.rows, self.importance = ExactRows(base), Importance(auxiliary.model)
 
     def __call__(
@@ -88,7 +89,7 @@ class KVPredictionModel(nn.Module):
         if cache is None:
             if exact or inputs.shape[1] < self.min_prompt_tokens:
                 return self.base(inputs)
-            return self._base_taps.inject(self._predict(inputs), inputs, logits=True)
+            return self.base_taps.inject(self._predict(inputs), inputs, logits=True)
         if not isinstance(cache[-1], AuxiliaryCache):
             return self.base(inputs, cache=cache)
         *base_cache, entry = cache
@@ -99,23 +100,24 @@ class KVPredictionModel(nn.Module):
             return prefill(self, self.exact_positions, inputs, base_cache, entry)
         return self._prefill(inputs, base_cache, entry)
 
-    def auxiliary_kv(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[KV]:
-        """Raw keys and values of the auxiliary's layers for `tokens` [B, L], as far as the predictor reads.
+    def auxiliary_features(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[Features]:
+        """What the predictor reads of the auxiliary's layers for `tokens` [B, L], and of no layer beyond.
 
         Args:
             caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.
         """
+        source, taps = self.predictor.source, self.auxiliary_taps
         if self._depth is None:
-            return self._auxiliary_taps.record(tokens, list(caches) if caches is not None else None)[0]
+            return record(source, taps, tokens, list(caches) if caches is not None else None)[0]
         layers, entries = self._depth
         if caches is not None:  # layers that do not run still have their masks made from their caches
             caches = [*caches, *make_prompt_cache(self.auxiliary)[entries:]]
-        with self._auxiliary_taps.first_layers(layers):
-            return self._auxiliary_taps.record(tokens, caches)[0]
+        with taps.first_layers(layers):
+            return record(source, taps, tokens, caches)[0]
 
     def fill(self, predicted: list[KV], tokens: mx.array, base_cache: list[Any]) -> None:
         """Append predicted raw keys and values of `tokens` [B, L] to the base's caches."""
-        self._base_taps.inject(predicted, tokens, base_cache, logits=False)
+        self.base_taps.inject(predicted, tokens, base_cache, logits=False)
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """The base's caches and one `AuxiliaryCache`; `max_kv_size` as in mlx-lm's `make_prompt_cache`."""
@@ -146,16 +148,16 @@ class KVPredictionModel(nn.Module):
         draft, and the next call makes its entries exact (see `_decode`).
         """
         short = inputs.shape[1] < self.min_prompt_tokens
-        aside = copy.deepcopy(base_cache) if short or self._base_taps.fused else None
+        aside = copy.deepcopy(base_cache) if short or self.base_taps.fused else None
         predicted = self._predict(inputs, entry)
         if aside is None:
-            logits = self._base_taps.inject(predicted, inputs, base_cache, logits=True)
+            logits = self.base_taps.inject(predicted, inputs, base_cache, logits=True)
         else:
             self.fill(predicted, inputs, base_cache)
             logits = (
                 self.base(inputs, cache=aside)
                 if short
-                else self._base_taps.inject(predicted, inputs, aside, logits=True)
+                else self.base_taps.inject(predicted, inputs, aside, logits=True)
             )
         entry.append(inputs)
         entry.prompt_open = entry.caught_up = True
@@ -183,13 +185,13 @@ class KVPredictionModel(nn.Module):
     def _predict(self, inputs: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
         """Predicted raw base keys and values of `inputs` [B, L]; the auxiliary catches up first."""
         if entry is None:
-            return self.predictor(self.auxiliary_kv(inputs))
+            return self.predictor(self.auxiliary_features(inputs))
         reading = entry.catch_up(inputs)
         reading.prepare(entry.auxiliary)
-        recorded = cpu_prefill.read(partial(self.auxiliary_kv, caches=entry.auxiliary), reading.tokens)
+        recorded = cpu_prefill.read(partial(self.auxiliary_features, caches=entry.auxiliary), reading.tokens)
         reading.finalize(entry.auxiliary)
         new = inputs.shape[1]
-        return self.predictor([KV(*(reading.predicted(a, new) for a in kv)) for kv in recorded])
+        return self.predictor([tuple(reading.predicted(a, new) for a in layer) for layer in recorded])
 
 
 @dataclass
@@ -205,10 +207,11 @@ class ModelArgs(BaseModelArgs):
     auxiliary: dict[str, Any]
     layer_map: list[int]
     min_prompt_tokens: int = MIN_PROMPT_TOKENS
+    source: str = "kv"
     exact_positions: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        kinds = {"base": dict, "auxiliary": dict, "layer_map": list, "min_prompt_tokens": int}
+        kinds = {"base": dict, "auxiliary": dict, "layer_map": list, "min_prompt_tokens": int, "source": str}
         wrong = [
             f"{name} is {value!r}, expected {kind.__name__}"
             for name, kind in kinds.items()
@@ -225,6 +228,7 @@ class ModelArgs(BaseModelArgs):
             wrong.append(f"exact_positions is {self.exact_positions!r}: {error}")
         if wrong:
             raise ValueError("config.json: " + "; ".join(wrong))
+        check_source(self.source)
 
     def dial(self) -> ExactPositions | None:
         """The pair's default of `KVPredictionModel.exact_positions`."""
@@ -237,7 +241,8 @@ class Model(KVPredictionModel):
     def __init__(self, args: ModelArgs):
         nn.Module.__init__(self)
         base, auxiliary = KVTaps(build_model(args.base)), KVTaps(build_model(args.auxiliary))
-        predictor = Predictor(args.layer_map, auxiliary.widths, base.widths)
+        widths = feature_widths(args.source, auxiliary)
+        predictor = Predictor(args.layer_map, widths, base.widths, args.source)
         self._set_taps(base, auxiliary, predictor)
         self.args, self.model_type = args, args.model_type
         self.min_prompt_tokens, self.exact = args.min_prompt_tokens, False
@@ -252,12 +257,12 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 def _check_widths(predictor: Predictor, base: KVTaps, auxiliary: KVTaps) -> None:
     wrong = [
-        f"{name} key and value widths {list(have)}, expected {taps.widths} of {taps.family}"
-        for name, have, taps in (
-            ("base", predictor.base_widths, base),
-            ("auxiliary", predictor.auxiliary_widths, auxiliary),
+        f"{name} key and value widths {list(have)}, expected {expected} of {taps.family}"
+        for name, have, expected, taps in (
+            ("base", predictor.base_widths, base.widths, base),
+            ("auxiliary", predictor.auxiliary_widths, feature_widths(predictor.source, auxiliary), auxiliary),
         )
-        if list(have) != taps.widths
+        if list(have) != expected
     ]
     if wrong:
         raise ValueError("predictor does not fit the models: " + "; ".join(wrong))

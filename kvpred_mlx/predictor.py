@@ -9,74 +9,84 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import check_source
 
 Widths = Sequence[tuple[int, int]]
 Map = tuple[mx.array, mx.array]
 
 
 class Predictor(nn.Module):
-    r"""Predicts raw base keys and values from raw auxiliary keys and values (paper, section 3.1).
+    r"""Predicts raw base keys and values from what is read of the auxiliary (paper, section 3.1).
 
-    With the layer map :math:`m`, for every base KV layer :math:`i`
+    With the layer map :math:`m`, for every base KV layer :math:`i`, from the auxiliary's keys and values
 
     .. math::
         K_i = K^{aux}_{m_i} {W^k_i}^\top + b^k_i, \qquad V_i = V^{aux}_{m_i} {W^v_i}^\top + b^v_i
 
+    Other sources put other features in the place of :math:`K^{aux}` and :math:`V^{aux}` (`kvpred_mlx.sources`).
+
     The maps that read the same auxiliary layer are stacked, in base layer order, into one `nn.Linear`:
-    `key_maps[s]` and `value_maps[s]` belong to the auxiliary layer `sources[s]`.
+    `key_maps[s]` and `value_maps[s]` belong to the auxiliary layer `auxiliary_layers[s]`.
 
     Args:
         layer_map: for each base KV layer the auxiliary KV layer that it is predicted from.
-        auxiliary_widths: (key width, value width) of each auxiliary KV layer.
+        auxiliary_widths: for each auxiliary KV layer, the widths of what keys and values are predicted from
+            (`kvpred_mlx.sources.feature_widths`).
         base_widths: (key width, value width) of each base KV layer.
+        source: what is read of the auxiliary, one of `kvpred_mlx.sources.SOURCES`.
 
     Raises:
-        ValueError: if the map's length is not the base's number of KV layers, an entry is not an
+        ValueError: if there is no such source, the map's length is not the base's number of KV layers, an entry is not an
             auxiliary layer, or values would be predicted from a layer that has none.
     """
 
-    def __init__(self, layer_map: Sequence[int], auxiliary_widths: Widths, base_widths: Widths):
+    def __init__(
+        self, layer_map: Sequence[int], auxiliary_widths: Widths, base_widths: Widths, source: str = "kv"
+    ):
         super().__init__()
+        check_source(source)
         _check(layer_map, auxiliary_widths, base_widths)
-        self.layer_map = tuple(layer_map)
+        self.layer_map, self.source = tuple(layer_map), source
         self.auxiliary_widths = tuple(map(tuple, auxiliary_widths))
         self.base_widths = tuple(map(tuple, base_widths))
-        self.key_maps = [self._stacked(source, 0) for source in self.sources]
-        self.value_maps = [self._stacked(source, 1) for source in self.sources]
+        self.key_maps = [self._stacked(layer, 0) for layer in self.auxiliary_layers]
+        self.value_maps = [self._stacked(layer, 1) for layer in self.auxiliary_layers]
 
-    def __call__(self, auxiliary: Sequence[KV]) -> list[KV]:
-        """Raw auxiliary KV of each layer, `[B, L, width]`, to raw base KV of each layer, `[B, L, width]`."""
+    def __call__(self, auxiliary: Sequence[Sequence[mx.array]]) -> list[KV]:
+        """Features of each auxiliary layer, `[B, L, width]`, to raw base KV of each layer, `[B, L, width]`."""
         predicted: dict[int, KV] = {}
-        for source, to_keys, to_values in zip(self.sources, self.key_maps, self.value_maps, strict=True):
-            readers = self.readers(source)
-            keys = _split(to_keys(auxiliary[source].keys), [self.base_widths[i][0] for i in readers])
-            values = _split(to_values(auxiliary[source].values), [self.base_widths[i][1] for i in readers])
+        for layer, to_keys, to_values in zip(
+            self.auxiliary_layers, self.key_maps, self.value_maps, strict=True
+        ):
+            readers = self.readers(layer)
+            keys = _split(to_keys(auxiliary[layer][0]), [self.base_widths[i][0] for i in readers])
+            values = _split(to_values(auxiliary[layer][-1]), [self.base_widths[i][1] for i in readers])
             predicted |= {i: KV(k, v) for i, k, v in zip(readers, keys, values, strict=True)}
         return [predicted[i] for i in range(len(self.layer_map))]
 
     @property
-    def sources(self) -> list[int]:
+    def auxiliary_layers(self) -> list[int]:
         """The auxiliary layers that are read, ascending."""
         return sorted(set(self.layer_map))
 
-    def readers(self, source: int) -> list[int]:
-        """The base layers that are predicted from auxiliary layer `source`, ascending."""
-        return [i for i, m in enumerate(self.layer_map) if m == source]
+    def readers(self, layer: int) -> list[int]:
+        """The base layers that are predicted from auxiliary layer `layer`, ascending."""
+        return [i for i, m in enumerate(self.layer_map) if m == layer]
 
     def load_maps(self, keys: Sequence[Map], values: Sequence[Map]) -> None:
         """Set the maps of all base layers; each is a weight [base width, auxiliary width] and a bias."""
         for stacks, maps in ((self.key_maps, keys), (self.value_maps, values)):
-            for source, stack in zip(self.sources, stacks, strict=True):
+            for layer, stack in zip(self.auxiliary_layers, stacks, strict=True):
                 if isinstance(stack, nn.Linear):
-                    weights, biases = zip(*(maps[i] for i in self.readers(source)), strict=True)
+                    weights, biases = zip(*(maps[i] for i in self.readers(layer)), strict=True)
                     stack.weight, stack.bias = mx.concatenate(list(weights)), mx.concatenate(list(biases))
 
-    def _stacked(self, source: int, part: int) -> nn.Module:
-        width = sum(self.base_widths[i][part] for i in self.readers(source))
-        return nn.Linear(self.auxiliary_widths[source][part], width) if width else _NoColumns()
+    def _stacked(self, layer: int, part: int) -> nn.Module:
+        width = sum(self.base_widths[i][part] for i in self.readers(layer))
+        return nn.Linear(self.auxiliary_widths[layer][part], width) if width else _NoColumns()
 
     def _extra_repr(self) -> str:
-        return f"layer_map={list(self.layer_map)}"
+        return f"layer_map={list(self.layer_map)}, source={self.source}"
 
 
 class _NoColumns(nn.Module):

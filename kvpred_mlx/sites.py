@@ -15,6 +15,8 @@ from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache
 KEY = re.compile(r"k_proj|c_k|attn_key")
 VALUE = re.compile(r"v_proj|c_v|attn_value")
 FUSED = re.compile(r"qkvg?_proj|q_k_v_proj|[wW]qkv|query_key_value|c_attn|att_proj|W_pack|kv_a_proj_with_mqa")
+KEY_NORM = re.compile(r"k_norm|k_layernorm|key_layernorm")
+Index = slice | mx.array
 ATTENTION_CACHES = (KVCache, RotatingKVCache, ChunkedKVCache)
 
 
@@ -61,21 +63,59 @@ class FusedColumns:
         )
 
     def split(self, output: mx.array) -> KV:
-        return KV(take_columns(output, self.keys), take_columns(output, self.values))
+        return KV(_take(output, self._key_index), _take(output, self._value_index))
+
+    def take_rest(self, output: mx.array) -> mx.array:
+        return _take(output, self._rest_index)
 
     def join(self, rest: mx.array, kv: KV) -> mx.array:
-        return take_columns(mx.concatenate([rest, kv.keys, kv.values], axis=-1), self._order)
+        return _take(mx.concatenate([rest, kv.keys, kv.values], axis=-1), self._order)
+
+    def pad(self, kv: KV) -> mx.array:
+        """The projection's output with arbitrary finite numbers where the rest stands.
+
+        Nothing is written there if the rest comes first, as queries do: rows overlap, and each has keys and
+        values of the rows before it in those columns.
+        """
+        rest, width, (b, n, key_width) = len(self.rest), len(self.keys) + len(self.values), kv.keys.shape
+        if not rest or not isinstance(self._order, slice):
+            zeros = mx.broadcast_to(mx.array(0, kv.keys.dtype), (b, n, rest))
+            return self.join(zeros, kv)
+        before = -(-rest // width)  # rows for the first one to overlap with
+        rows = mx.zeros((before + b * n, width), kv.keys.dtype)
+        rows[before:, :key_width] = kv.keys.reshape(b * n, key_width)
+        rows[before:, key_width:] = kv.values.reshape(b * n, width - key_width)
+        return mx.as_strided(rows, (b, n, rest + width), (n * width, width, 1), before * width - rest)
+
+    # Computed once: comparing lists of columns takes as long as building the rest of the graph.
 
     @cached_property
-    def _order(self) -> list[int]:
+    def _key_index(self) -> Index:
+        return _index(self.keys)
+
+    @cached_property
+    def _value_index(self) -> Index:
+        return _index(self.values)
+
+    @cached_property
+    def _rest_index(self) -> Index:
+        return _index(self.rest)
+
+    @cached_property
+    def _order(self) -> Index:
         columns = [*self.rest, *self.keys, *self.values]
-        return sorted(range(len(columns)), key=columns.__getitem__)
+        return _index(sorted(range(len(columns)), key=columns.__getitem__))
 
 
-def take_columns(array: mx.array, columns: list[int]) -> mx.array:
-    if not columns or columns == list(range(columns[0], columns[-1] + 1)):  # a slice copies nothing
-        return array[..., columns[0] : columns[-1] + 1] if columns else array[..., :0]
-    return mx.take(array, mx.array(columns), axis=-1)
+def _index(columns: list[int]) -> Index:
+    if not columns:
+        return slice(0)
+    run = slice(columns[0], columns[-1] + 1)  # a slice copies nothing
+    return run if columns == list(range(run.start, run.stop)) else mx.array(columns)
+
+
+def _take(array: mx.array, index: Index) -> mx.array:
+    return array[..., index] if isinstance(index, slice) else mx.take(array, index, axis=-1)
 
 
 def project(projection: nn.Module, x: mx.array) -> mx.array:
@@ -107,6 +147,14 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
             for name, child in owner.items():
                 if isinstance(child, nn.Module) and any(p.fullmatch(name) for p in (KEY, VALUE, FUSED)):
                     yield Site(i, owner, name)
+
+
+def key_norm(site: Site) -> Site | None:
+    """The norm of the keys that are made at a key or fused projection, if its attention has one."""
+    if VALUE.fullmatch(site.name):
+        return None
+    names = (n for n, c in site.owner.items() if isinstance(c, nn.Module) and KEY_NORM.fullmatch(n))
+    return next((Site(site.layer, site.owner, name) for name in names), None)
 
 
 def group_calls(

@@ -5,14 +5,12 @@ where the projection stood, and either passes the projection's output through an
 returns a given array instead (inject).  The model's own code then does k_norm, RoPE, sliding windows and
 the cache.  MLX is lazy, so whatever an injected array makes unnecessary is never computed.
 
-A tap *shadows* its projection: `nn.Module` keeps children in its dictionary and only asks it when ordinary
-attribute lookup fails, so an entry in the instance's `__dict__` takes the child's place while parameters,
-quantization and LoRA never notice.
+A tap *shadows* its projection (`kvpred_mlx.shadows`).
 """
 
 from __future__ import annotations
 
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +22,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.checkpointing import Call, Flow, Norms, checkpointed_layers
+from kvpred_mlx.shadows import FirstLayers, Tap, layer_list_owners, lock, shadowed
 from kvpred_mlx.sites import (
     KV,
     FusedColumns,
@@ -31,61 +31,11 @@ from kvpred_mlx.sites import (
     check_caches,
     find_sites,
     group_calls,
+    key_norm,
     project,
-    take_columns,
 )
 
-# Shadows are set and removed under one lock: two threads may build graphs of models that share modules.
-_lock = threading.RLock()
-
-
-class _Tap:
-    """Stands in a projection's place; other attributes are still the projection's (`.weight` is read)."""
-
-    def __init__(self, projection: nn.Module, on_call: Callable[[nn.Module, mx.array], Any]):
-        self._projection, self._on_call = projection, on_call
-        self._thread = threading.get_ident()
-
-    def __call__(self, x: mx.array) -> Any:
-        if threading.get_ident() != self._thread:
-            return self._projection(x)
-        return self._on_call(self._projection, x)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._projection, name)
-
-
-class _FirstLayers(list):
-    """The first `n` layers for the thread that cut the model, all of them for every other."""
-
-    def __init__(self, layers: list[nn.Module], n: int | None):
-        super().__init__(layers)
-        self._n, self._thread = n, threading.get_ident()
-
-    def _seen(self) -> list[nn.Module]:
-        return list.__getitem__(self, slice(self._n if threading.get_ident() == self._thread else None))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._seen())
-
-    def __len__(self) -> int:
-        return len(self._seen())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._seen()[index]
-
-
-@contextmanager
-def _shadowed(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    previous = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if previous is None:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = previous
+OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
 
 
 class KVTaps:
@@ -93,7 +43,8 @@ class KVTaps:
 
     A *KV layer* is a layer that makes keys and values of its own; layers that borrow another layer's are
     not counted.  `widths[i]` is the pair (key width, value width) of KV layer i; the value width is 0
-    where a fused projection's columns all reach the cached keys (latent attention).
+    where a fused projection's columns all reach the cached keys (latent attention).  `input_widths[i]` is the
+    width of what layer i's key projection reads.
 
     Args:
         model: any mlx-lm model whose caches hold nothing but attention keys and values.
@@ -102,6 +53,7 @@ class KVTaps:
         UnsupportedModelError: naming the family and the reason.
     """
 
+    checkpointed = False  #: compute each layer again in a backward pass instead of keeping its activations
     _needs_cache = False
 
     def __init__(self, model: nn.Module):
@@ -110,7 +62,9 @@ class KVTaps:
         check_caches(self.family, make_prompt_cache(model))
         sites = list(find_sites(model))
         self._sites = sites
+        self._norms = {i: norm for i, site in enumerate(sites) if (norm := key_norm(site)) is not None}
         self._pieces: dict[int, list[int]] = {}
+        self._in_dims: dict[int, int] = {}
         self._out_dims: dict[int, int] = {}
         calls = self._dry_run(make_prompt_cache(model))
         # Layers that borrow keys and values find them in the cache; without one they make their own.
@@ -119,7 +73,9 @@ class KVTaps:
         self._fused: list[FusedColumns | None] = [None] * len(self._layers)
         dims = [[self._out_dims[s] for s, _ in layer] for layer in self._layers]
         self.widths = [(d[0], d[-1]) for d in dims]
+        self.input_widths = [self._in_dims[layer[0][0]] for layer in self._layers]
         self._find_fused_columns()
+        self._fused_at = {calls[0]: f for calls, f in zip(self._layers, self._fused, strict=True) if f}
         self._check_injection()
 
     def __len__(self) -> int:
@@ -130,22 +86,46 @@ class KVTaps:
         """Whether any layer makes queries, keys and values in one projection."""
         return any(self._fused)
 
-    def record(self, tokens: mx.array, cache: list[Any] | None = None) -> tuple[list[KV], mx.array]:
+    def record(
+        self, tokens: mx.array, cache: list[Any] | None = None, norms: Norms | None = None
+    ) -> tuple[list[KV], mx.array]:
         """Run the model over `tokens` [B, L] and keep every KV layer's raw keys and values.
 
         Nothing is computed until it is evaluated.  Returns the recorded arrays and the logits.
+
+        Args:
+            norms: filled with what the key norms give, if the model has any (`kvpred_mlx.key_norms`).
         """
-        outputs: dict[tuple[int, int], mx.array] = {}
 
-        def keep(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
-            outputs[site, nth] = project(projection, x)
-            return outputs[site, nth]
+        def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            flow.kept[call] = project(projection, x)
+            return flow.kept[call]
 
-        logits = self._run(tokens, cache, keep)
-        return [self._kv(i, outputs) for i in range(len(self)) if self._layers[i][0] in outputs], logits
+        flow = Flow(norms=norms)
+        logits = self._run(tokens, cache, keep, flow)
+        return [self._kv(i, flow.kept) for i in range(len(self)) if self._layers[i][0] in flow.kept], logits
+
+    def record_inputs(
+        self, tokens: mx.array, cache: list[Any] | None = None
+    ) -> tuple[list[mx.array], mx.array]:
+        """What every KV layer's key projection reads, `[B, L, input_widths[i]]`; else as `record`."""
+
+        def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            flow.kept[call] = x
+            return project(projection, x)
+
+        flow = Flow()
+        logits = self._run(tokens, cache, keep, flow)
+        return [flow.kept[calls[0]] for calls in self._layers if calls[0] in flow.kept], logits
 
     def inject(
-        self, kv: Sequence[KV], tokens: mx.array, cache: list[Any] | None = None, *, logits: bool
+        self,
+        kv: Sequence[KV],
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        *,
+        logits: bool,
+        norms: Norms | None = None,
     ) -> mx.array:
         """Run the model over `tokens` [B, L] with the given raw keys and values in place of its own.
 
@@ -154,6 +134,7 @@ class KVTaps:
             cache: updated in place; its entries depend on `kv` alone if `logits` is false.
             logits: whether the returned logits [B, L, vocabulary] will be used.  If not, the queries of
                 fused projections are left out, else the cached entries would depend on them.
+            norms: as in `record`.
 
         Raises:
             ValueError: if the number, the widths or the tokens of `kv` are not as expected.
@@ -164,28 +145,29 @@ class KVTaps:
         shapes = {a.shape[:-1] for pair in kv for a in pair}
         if shapes != {tokens.shape}:
             raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
-        arrays = self._arrays(kv)
 
-        def give(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
-            layer, array = arrays[site, nth]
-            fused = self._fused[layer]
+        def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            arrays = [a.astype(x.dtype) for a in flow.given[call]]
+            fused = self._fused_at.get(call)
             if fused is None:
-                return array.astype(x.dtype)
-            if logits:
-                rest = take_columns(project(projection, x), fused.rest)
-            else:
-                rest = mx.broadcast_to(mx.array(0, x.dtype), (*x.shape[:-1], len(fused.rest)))
-            return fused.join(rest, KV(*(a.astype(x.dtype) for a in kv[layer])))
+                return arrays[0]
+            if not logits:
+                return fused.pad(KV(*arrays))
+            return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
 
-        return self._run(tokens, cache, give)
+        return self._run(tokens, cache, give, Flow(self._given(kv), norms=norms))
+
+    def norm_places(self) -> list[Call]:
+        """For each KV layer the place of its normed keys in `norms` (see `record`), if there is a norm."""
+        return [layer[0] for layer in self._layers]
 
     @contextmanager
     def first_layers(self, n: int | None) -> Iterator[None]:
         """Let the model run its first `n` layers only (None: all), so that no graph is built beyond them."""
-        owners = _layer_list_owners(self.model) if n is not None else []
-        with _lock, ExitStack() as stack:
+        owners = layer_list_owners(self.model) if n is not None else []
+        with lock, ExitStack() as stack:
             for owner, name in owners:
-                stack.enter_context(_shadowed(owner, name, _FirstLayers(owner[name], n)))
+                stack.enter_context(shadowed(owner, name, FirstLayers(owner[name], n)))
             yield
 
     def depth(self, kv_layers: int) -> tuple[int, int] | None:
@@ -195,7 +177,7 @@ class KVTaps:
         """
         n = max(self._sites[self._layers[i][0][0]].layer for i in range(kv_layers)) + 1
         looped = any(nth for calls in self._layers for _, nth in calls)
-        if looped or n >= len(self.model.layers) or not _layer_list_owners(self.model):
+        if looped or n >= len(self.model.layers) or not layer_list_owners(self.model):
             return None
         try:
             with self.first_layers(n):
@@ -213,51 +195,79 @@ class KVTaps:
         entries = sum(used)
         return (n, entries) if found >= kv_layers and all(used[:entries]) else None
 
-    def _run(self, tokens: mx.array, cache: list[Any] | None, on_call: Callable[..., mx.array]) -> mx.array:
+    def _run(self, tokens: mx.array, cache: list[Any] | None, on_call: OnCall, flow: Flow) -> mx.array:
         if cache is None and self._needs_cache:
             cache = make_prompt_cache(self.model)
-        counts = [0] * len(self._sites)
+        with lock, ExitStack() as stack:
+            if self.checkpointed:
+                tapped = partial(self._tapped, on_call)
+                stack.enter_context(checkpointed_layers(self.model, self._sites, tapped, flow))
+            else:
+                stack.enter_context(self._tapped(on_call, flow))
+            return self.model(tokens, cache=cache) if cache is not None else self.model(tokens)
 
-        def tap(site: int) -> _Tap:
+    @contextmanager
+    def _tapped(self, on_call: OnCall, flow: Flow, layer: int | None = None) -> Iterator[None]:
+        """Let `on_call` answer for the projections of a layer (None: of all), with `flow` at hand."""
+        counts: Counter[int] = Counter()
+
+        def tap(site: int) -> Tap:
             def call(projection: nn.Module, x: mx.array) -> Any:
                 counts[site] += 1
-                output = on_call(site, counts[site] - 1, projection, x)
+                output = on_call(flow, (site, counts[site] - 1), projection, x)
                 return mx.split(output, self._pieces[site], axis=-1) if site in self._pieces else output
 
-            return _Tap(self._sites[site].projection, call)
+            return Tap(self._sites[site].projection, call)
 
-        with _lock, ExitStack() as stack:
+        def norm_tap(site: int, norms: Norms) -> Tap:
+            def call(norm: nn.Module, x: mx.array) -> mx.array:
+                place = (site, counts[site] - 1)  # the projection was called just before
+                norms[place] = norm(x)
+                return norms[place]
+
+            return Tap(self._norms[site].projection, call)
+
+        with lock, ExitStack() as stack:
             for i, site in enumerate(self._sites):
-                stack.enter_context(_shadowed(site.owner, site.name, tap(i)))
-            return self.model(tokens, cache=cache) if cache is not None else self.model(tokens)
+                if layer in (None, site.layer):
+                    stack.enter_context(shadowed(site.owner, site.name, tap(i)))
+                    if flow.norms is not None and i in self._norms:
+                        norm = norm_tap(i, flow.norms)
+                        stack.enter_context(shadowed(site.owner, self._norms[i].name, norm))
+            yield
 
     def _dry_run(self, cache: list[Any] | None) -> list[tuple[int, int]]:
         """Which sites a prefill really calls, in call order, as (site, nth call of it)."""
         calls: list[tuple[int, int]] = []
 
-        def note(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
-            calls.append((site, nth))
+        def note(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            site = call[0]
+            calls.append(call)
             output = projection(x)
             if not isinstance(output, mx.array):
                 self._pieces[site] = list(accumulate(piece.shape[-1] for piece in output))[:-1]
             whole = project(projection, x)
-            self._out_dims[site] = whole.shape[-1]
+            self._in_dims[site], self._out_dims[site] = x.shape[-1], whole.shape[-1]
             return whole
 
-        self._vocabulary = self._run(mx.array([[0, 0]]), cache, note).shape[-1]
+        self._vocabulary = self._run(mx.array([[0, 0]]), cache, note, Flow()).shape[-1]
         return calls
 
-    def _kv(self, layer: int, outputs: dict[tuple[int, int], mx.array]) -> KV:
+    def _kv(self, layer: int, outputs: dict[Call, mx.array]) -> KV:
         calls, fused = self._layers[layer], self._fused[layer]
         if fused is not None:
             return fused.split(outputs[calls[0]])
         return KV(outputs[calls[0]], outputs[calls[1]])
 
-    def _arrays(self, kv: Sequence[KV]) -> dict[tuple[int, int], tuple[int, mx.array]]:
-        pairs = enumerate(zip(self._layers, kv, strict=True))
-        return {
-            call: (i, array) for i, (calls, given) in pairs for call, array in zip(calls, given, strict=False)
-        }
+    def _given(self, kv: Sequence[KV]) -> dict[Call, tuple[mx.array, ...]]:
+        """What each call of a projection is given: both arrays if it is fused, else its own."""
+        given: dict[Call, tuple[mx.array, ...]] = {}
+        for calls, layer in zip(self._layers, kv, strict=True):
+            if calls[0] in self._fused_at:
+                given[calls[0]] = tuple(layer)
+            else:
+                given |= {call: (array,) for call, array in zip(calls, layer, strict=False)}
+        return given
 
     def _find_fused_columns(self) -> None:
         for i, calls in enumerate(self._layers):
@@ -289,12 +299,12 @@ class KVTaps:
         def cached(outputs: list[mx.array], part: int) -> mx.array:
             given = dict(zip(calls, outputs, strict=True))
 
-            def give(site: int, nth: int, projection: nn.Module, x: mx.array) -> mx.array:
-                array = given.get((site, nth))
+            def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+                array = given.get(call)
                 return project(projection, x) if array is None else array.astype(x.dtype)
 
             cache = make_prompt_cache(self.model)
-            self._run(mx.array([[0, 0]]), cache, give)
+            self._run(mx.array([[0, 0]]), cache, give, Flow())
             states = [c.keys_and_values()[part].astype(mx.float32) for c in cache]
             return sum(((s * mx.random.normal(s.shape, key=key)).sum() for s in states), mx.array(0.0))
 
@@ -322,14 +332,3 @@ class KVTaps:
             raise UnsupportedModelError(
                 f"{self.family}: its cache holds more than the outputs of its key and value projections"
             )
-
-
-def _layer_list_owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every (module, attribute) that holds the model's list of layers."""
-    first, count = model.layers[0], len(model.layers)
-    return [
-        (module, name)
-        for _, module in model.named_modules()
-        for name, child in module.items()
-        if isinstance(child, list) and len(child) == count and child[0] is first
-    ]

@@ -8,6 +8,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from kvpred_mlx import KVPredictionModel, Predictor
 from kvpred_mlx.sites import KV
+from kvpred_mlx.sources import feature_widths
 from kvpred_mlx.taps import KVTaps
 
 # (base, auxiliary): separate and fused projections, sliding windows on either side, latent attention.
@@ -21,14 +22,21 @@ PAIRS = [
 ]
 
 
-def make_pair(base: str = "qwen3", auxiliary: str = "qwen2", layer_map=None, seed: int = 0, **options):
+def make_pair(
+    base: str = "qwen3",
+    auxiliary: str = "qwen2",
+    layer_map=None,
+    seed: int = 0,
+    source: str = "kv",
+    **options,
+):
     base_model, auxiliary_model = build(base), build(auxiliary)
-    base_widths, auxiliary_widths = KVTaps(base_model).widths, KVTaps(auxiliary_model).widths
+    base_widths, auxiliary_widths = KVTaps(base_model).widths, feature_widths(source, KVTaps(auxiliary_model))
     n, m = len(base_widths), len(auxiliary_widths)
     layer_map = layer_map or [i * m // n for i in range(n)]
     mx.random.seed(seed)
     return KVPredictionModel(
-        base_model, auxiliary_model, Predictor(layer_map, auxiliary_widths, base_widths), **options
+        base_model, auxiliary_model, Predictor(layer_map, auxiliary_widths, base_widths, source), **options
     )
 
 

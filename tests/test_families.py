@@ -17,7 +17,7 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from kvpred_mlx.sites import KV, UnsupportedModelError
+from kvpred_mlx.sites import KV, FusedColumns, UnsupportedModelError
 from kvpred_mlx.taps import KVTaps
 
 PROMPT = 2 * WINDOW + 4
@@ -372,6 +372,24 @@ def test_columns_of_fused_projections(family: str, layouts: list[list[str]], dty
         columns = columns_by_heads(layout, head_dim=16)
         assert fused is not None
         assert (fused.rest, fused.keys, fused.values) == tuple(columns.values())
+
+
+@pytest.mark.parametrize("heads", ["qqqqqkv", "qkkvv", "kkvvq", "qkvqkv", "qqkk", "kkvv", "kk"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_keys_and_values_beside_unused_columns(heads: str, batch: int) -> None:
+    columns = columns_by_heads(list(heads), head_dim=4)
+    fused = FusedColumns(columns["k"], columns["v"], columns["q"])
+    kv = KV(*(mx.random.normal((batch, 5, len(columns[kind]))) for kind in "kv"))
+    weights = KV(*map(mx.random.normal, (kv.keys.shape, kv.values.shape)))
+
+    def padded(kv: KV) -> mx.array:
+        return sum((w * a).sum() for w, a in zip(weights, fused.split(fused.pad(kv)), strict=True))
+
+    output = fused.pad(kv)
+    assert output.shape == (batch, 5, 4 * len(heads)) and mx.all(mx.isfinite(output))
+    assert all(mx.array_equal(a, b) for a, b in zip(fused.split(output), kv, strict=True))
+    gradients = mx.grad(lambda keys, values: padded(KV(keys, values)), argnums=(0, 1))(*kv)
+    assert all(mx.allclose(g, w, atol=1e-6) for g, w in zip(gradients, weights, strict=True))
 
 
 def test_columns_are_the_same_before_the_weights_are_loaded() -> None:

@@ -162,7 +162,7 @@ def test_command(run, tmp_path):
     text, out = tmp_path / "text.py", tmp_path / "out"
     text.write_text(TEXT)
     options = ["--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
-               "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--output-dir", out]  # fmt: skip
+               "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents", "--output-dir", out]  # fmt: skip
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
     assert sorted(f.name for f in out.iterdir()) == ["pareto.png", "results.csv", "results.json"]

@@ -11,9 +11,12 @@ import typer
 from kvpred_mlx.cli.bench import bench
 from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
+from kvpred_mlx.cli.fit import fit
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
 from kvpred_mlx.cli.pareto import pareto
+from kvpred_mlx.cli.quality import quality
+from kvpred_mlx.cli.train import train
 
 app = typer.Typer(
     name="kvpred-mlx",
@@ -26,6 +29,9 @@ app.command()(generate)
 app.command()(bench)
 app.command()(pareto)
 app.command()(convert)
+app.command()(fit)
+app.command()(train)
+app.command()(quality)
 app.command()(info)
 app.command()(demo)
 
@@ -50,6 +56,6 @@ def _report(error: Exception) -> int:
     """Print one line for `error` and return the exit code."""
     usage = getattr(error, "format_message", None)  # typer's own errors, in every version of it
     message = " ".join(str(usage() if usage else error).split()) or type(error).__name__
-    known = usage or isinstance(error, OSError | ValueError | ImportError | MemoryError)
+    known = usage or isinstance(error, OSError | ValueError | ImportError | MemoryError | ArithmeticError)
     print(f"kvpred-mlx: error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
     return getattr(error, "exit_code", 1) if usage else 1

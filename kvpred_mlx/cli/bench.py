@@ -174,8 +174,9 @@ def load_pair(
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
     if path is None:
         from kvpred_mlx.bench.presets import build_preset
+        from kvpred_mlx.cpu_prefill import on_cpu
 
-        default = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+        default = "float32" if on_cpu() else "bfloat16"
         return build_preset(preset or "", getattr(mx, dtype or default), seed), None
 
     from kvpred_mlx.loading import load

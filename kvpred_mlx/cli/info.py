@@ -32,6 +32,7 @@ def _text(facts: dict[str, Any]) -> str:
             f"{part['bytes'] / 1e6:.2f} MB, {part['dtype']}{_quantization(part)}"
         )
     lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
+    lines.append(f"source:    {facts['source']}")
     lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
     lines.append(f"predicts prompts of {facts['min_prompt_tokens']} tokens or more")
     lines.append(f"tokenizer: {'yes' if facts['tokenizer'] else 'none, token ids only'}")

@@ -38,6 +38,12 @@ def pareto(
         int, typer.Option(min=0, help="Recall questions of each kind at each depth; 0: none.")
     ] = 10,
     trials: Annotated[int, typer.Option(min=1, help="Timed first tokens of each method and budget.")] = 5,
+    all_documents: Annotated[
+        bool,
+        typer.Option(
+            "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
+        ),
+    ] = False,
     text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     dequantize: Annotated[
@@ -73,10 +79,11 @@ def pareto(
     settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
-    output_dir.mkdir(parents=True, exist_ok=True)
-    model, name, held_out = _load(pair, preset, dtype, data, text_key, settings)
+    documents = [] if data is None else _read_documents(data, text_key, all_documents)
+    model, name, held_out = _load(pair, preset, dtype, documents, settings)
     if dequantize:
         _dequantize(model)
+    output_dir.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
     def finished(so_far: Results) -> None:
@@ -125,19 +132,17 @@ def _load(
     pair: str | None,
     preset: str | None,
     dtype: str | None,
-    data: Path | None,
-    text_key: str,
+    documents: list[str],
     settings: Settings,
 ) -> tuple[KVPredictionModel, str, Data | None]:
     from kvpred_mlx.bench.pareto import Data
 
     name, path = name_and_path(pair, preset)
     model, tokenizer = load_pair(path, preset, dtype, settings.seed)
-    if data is None:
+    if not documents:
         return model, name, None
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
-    documents = _read_documents(data, text_key)
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
     return model, name, Data(tokenizer, documents, ids)
 
@@ -151,10 +156,15 @@ def _dequantize(model: KVPredictionModel) -> None:
     mx.eval(model.parameters())
 
 
-def _read_documents(data: Path, text_key: str) -> list[str]:
-    from kvpred_mlx.data import read_documents
+def _read_documents(data: Path, text_key: str, all_documents: bool) -> list[str]:
+    """As `kvpred-mlx quality`: what `fit` and `train` hold out, or everything."""
+    from kvpred_mlx.cli.making import read_data
 
-    return list(read_documents(data, text_key))
+    training, held_out = read_data(data, text_key)
+    chosen = held_out + (training if all_documents and training is not held_out else [])
+    if not chosen:
+        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
+    return chosen
 
 
 def _with_progress(

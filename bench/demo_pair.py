@@ -1,0 +1,186 @@
+"""The whole recipe of the bundled pair: `make demo-pair MINUTES=60`.
+
+Corpus, tokenizer, base, auxiliary, fit, joint training, quantization, figures and model card.  Every step leaves a
+file or a folder and is passed over if that is there, training resumes from its last state, and the minutes
+are shared out among the three trainings: the same recipe on CPU, Metal or CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx_lm.utils
+import numpy as np
+
+from kvpred_mlx.bench import corpus
+from kvpred_mlx.bench.pretrain import show
+from kvpred_mlx.card import CardFacts, write_card
+from kvpred_mlx.convert.tokenizer import convert_sentencepiece
+from kvpred_mlx.data import PackedSequences, encode
+from kvpred_mlx.fit import FitSettings, fit
+from kvpred_mlx.loading import load, save
+from kvpred_mlx.loop import Settings
+from kvpred_mlx.pairing import join, load_part
+from kvpred_mlx.quality import SCORE_TOKENS, Quality, cut_windows, measure
+from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
+
+CONTEXT = 512
+VOCABULARY = 4096
+PROMPT_TOKENS = (192, 448)
+BITS, GROUP_SIZE = 8, 32
+NAME = "pycode"
+MADE = (
+    (
+        "A demonstration that is small enough to ship: it writes Python-shaped text, no more. `make demo-pair` is the whole "
+        "recipe: corpus (the source of CPython's standard library, PSF licence, held-out modules left out, and rows with facts "
+        "planted to be recalled), SentencePiece tokenizer, base and auxiliary (Muon), closed-form fit, joint training, "
+        "quantization."
+    ),
+)
+SHARES = {"base": 0.62, "auxiliary": 0.13, "joint": 0.25}
+
+
+def nemotron(
+    width: int, layers: int, heads: int, kv_heads: int, ffn: int, head_dim: int = 64
+) -> dict[str, Any]:
+    """A small Nemotron: its squared ReLU costs no exponentials, which are slow on MLX's x86 backend."""
+    return {
+        "model_type": "nemotron",
+        "hidden_size": width,
+        "hidden_act": "relu2",
+        "num_hidden_layers": layers,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+CONFIGS = {"base": nemotron(256, 8, 2, 1, 1024, head_dim=128), "auxiliary": nemotron(160, 4, 2, 1, 640)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Where the steps leave their results, and how long the trainings may take together.
+
+    Args:
+        folder: of all intermediate results.
+        minutes: of training.
+        batch_size: sequences a step.
+    """
+
+    folder: Path
+    minutes: float
+    batch_size: int = 4
+
+    def corpus(self) -> None:
+        """Corpus, tokenizer and packed rows."""
+        if (self.folder / "rows.npy").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        corpus.write(self.folder)
+        texts = corpus.read(self.folder / "train.jsonl")
+        corpus.train_tokenizer(texts, self.folder / "tokenizer.model", VOCABULARY)
+        convert_sentencepiece(self.folder / "tokenizer.model", self.folder / "tokenizer")
+        rows = corpus.rows(
+            mlx_lm.utils.load_tokenizer(self.folder / "tokenizer"), texts, CONTEXT, seed=0
+        ).rows
+        np.save(self.folder / "rows.new.npy", rows)
+        (self.folder / "rows.new.npy").replace(self.folder / "rows.npy")
+
+    def pretrain(self, role: str) -> None:
+        """Base or auxiliary, in a process of its own: under `mlx.launch` there may be several."""
+        out = self.folder / role
+        if out.exists():
+            return
+        config = self.folder / f"{role}.json"
+        config.write_text(json.dumps(CONFIGS[role]))
+        command = [sys.executable, "-m", "kvpred_mlx.bench.pretrain", config, self.folder / "rows.npy", out]
+        options = ["--minutes", str(self.minutes * SHARES[role]), "--batch-size", str(self.batch_size)]
+        subprocess.run([*map(str, command), *options], check=True)
+        for file in (self.folder / "tokenizer").iterdir():
+            shutil.copy(file, out)
+
+    def join(self) -> None:
+        """The closed-form fit, then joint training."""
+        out = self.folder / "joint"
+        if out.exists():
+            return
+        base, auxiliary = (load_part(str(self.folder / role)) for role in ("base", "auxiliary"))
+        rows = PackedSequences(np.load(self.folder / "rows.npy"))
+        fitted = fit(base.model, auxiliary.model, rows, FitSettings())
+        pair = join(base, auxiliary, fitted.predictor)
+        save(self.folder / "fitted", pair, base.tokenizer, overwrite=True)
+        settings = Settings(
+            iters=self._joint_steps(rows), batch_size=self.batch_size, learning_rate=1e-3, warmup=50,
+            end_learning_rate=0.02, weight_decay=0.1, save_every=100, dtype=default_dtype(),
+        )  # fmt: skip
+        with restored_types(pair):
+            joint_trainer(pair, rows, settings, state_folder=self.folder / "joint.state").run(show)
+        save(out, pair, base.tokenizer)
+
+    def figures(self, pair_folder: Path) -> list[Quality]:
+        """Quality on the held-out modules, which no training has seen."""
+        pair, tokenizer = load(pair_folder)
+        ids = encode(tokenizer, corpus.read(self.folder / "heldout.jsonl"))
+        return [measure(pair, cut_windows(ids, n, SCORE_TOKENS, tokenizer)) for n in PROMPT_TOKENS]
+
+    def finish(self) -> Path:
+        """Quantize, measure, write the card; the pair is complete or not there."""
+        out = self.folder / "pair"
+        if out.exists():
+            return out
+        pair, tokenizer = load(self.folder / "joint")
+        with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
+            mlx_lm.utils.quantize_model(pair, {}, group_size=GROUP_SIZE, bits=BITS)
+        save(self.folder / "quantized", pair, tokenizer, overwrite=True)
+        figures = self.figures(self.folder / "quantized")
+
+        def extras(folder: Path) -> None:
+            write_card(
+                folder, CardFacts(NAME, "made by the recipe", "made by the recipe", MADE, "mit"), figures
+            )
+
+        save(out, pair, tokenizer, extras=extras)
+        return out
+
+    def _joint_steps(self, rows: PackedSequences) -> int:
+        """As many as the minutes allow: a step takes about as long as one of the base's pretraining."""
+        plan = json.loads((self.folder / "base.state" / "plan.json").read_text())
+        return max(1, int(plan["iters"] * SHARES["joint"] / SHARES["base"]))
+
+
+def main() -> None:
+    """Run the steps that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("demo-pair"))
+    parser.add_argument("--minutes", type=float, default=60, help="of training, altogether")
+    parser.add_argument("--batch-size", type=int, default=4)
+    a = parser.parse_args()
+    recipe = Recipe(a.folder, a.minutes, a.batch_size)
+    recipe.corpus()
+    recipe.pretrain("base")
+    recipe.pretrain("auxiliary")
+    recipe.join()
+    print(recipe.finish())
+
+
+if __name__ == "__main__":
+    main()

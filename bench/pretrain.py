@@ -1,0 +1,161 @@
+"""Pretraining of a small model on packed text, as much as a time budget allows: a step of `make demo-pair`.
+
+Not a product: just enough to make the bundled pair's base and auxiliary.  `python -m kvpred_mlx.bench.pretrain`, also
+under `mlx.launch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import mlx_lm.utils
+import numpy as np
+
+from kvpred_mlx.data import PackedSequences
+from kvpred_mlx.files import new_directory
+from kvpred_mlx.loop import Report, Settings, Terms, Trainer, is_matrix, schedule
+from kvpred_mlx.model import build_model
+
+TIMED_STEPS = 8
+SHORT_SHARE = 0.6  # of the steps, at the beginning, on halved rows: attention costs half there
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum(PackedSequences):
+    """Rows in halves for the first `short` batches, then whole."""
+
+    short: int = 0
+
+    def batch(self, index: int, batch_size: int, seed: int) -> mx.array:
+        rows = super().batch(index, batch_size, seed)
+        half = (rows.shape[1] - 1) // 2
+        return (
+            mx.concatenate([rows[:, : half + 1], rows[:, half : 2 * half + 1]])
+            if index < self.short
+            else rows
+        )
+
+
+def pretrain(
+    config: dict[str, object],
+    rows: PackedSequences,
+    minutes: float,
+    settings: Settings,
+    folder: Path,
+    iters: int | None = None,
+) -> nn.Module:
+    """A model of `config`, trained from random weights for about `minutes`.
+
+    Matrices are trained with Muon (learning rate: the settings'), embeddings, norms and biases with AdamW.
+    A state in `folder` is resumed from.
+
+    Args:
+        iters: steps, whatever time they take.
+    """
+    plan = folder / "plan.json"
+    if not plan.exists():
+        iters = iters or _affordable(new_model(config, settings.seed), rows, minutes, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not mx.distributed.init().rank():
+            plan.write_text(json.dumps({"iters": iters}))
+    else:
+        iters = json.loads(plan.read_text())["iters"]
+    settings = dataclasses.replace(settings, iters=iters)
+    model, staged = new_model(config, settings.seed), Curriculum(rows.rows, int(SHORT_SHARE * iters))
+    Trainer(model, next_token_loss, staged, settings, folder, optimizer=muon(settings)).run(show)
+    return model
+
+
+def new_model(config: dict[str, object], seed: int) -> nn.Module:
+    """Random weights; branches begin at zero, so that a new model passes its input through, and embeddings are
+    small, so that it does not yet expect its input again."""
+    mx.random.seed(seed)
+    model = build_model(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and type(module) is not nn.LayerNorm:
+            module.weight = mx.zeros_like(module.weight)  # Nemotron's norms add one to their weight
+        if isinstance(module, nn.Embedding):
+            module.weight = mx.random.normal(module.weight.shape) * 0.02
+        if name.endswith(("o_proj", "down_proj")):
+            module.weight = mx.zeros_like(module.weight)
+    mx.eval(model.parameters())
+    return model
+
+
+def next_token_loss(model: nn.Module, batch: mx.array) -> tuple[mx.array, Terms]:
+    """Mean cross-entropy of the next token, for a batch `[B, L + 1]`."""
+    logits = model(batch[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean"), {}
+
+
+def muon(settings: Settings) -> optimizers.Optimizer:
+    """Muon for the matrices between the embeddings, AdamW at a tenth of its learning rate for the rest."""
+    inner = optimizers.Muon(schedule(settings), weight_decay=0)
+    rest = optimizers.AdamW(
+        schedule(settings, settings.learning_rate / 10), [0.9, 0.95], 1e-8, 0, bias_correction=True
+    )
+    return optimizers.MultiOptimizer(
+        [inner, rest], [lambda path, a: is_matrix(path, a) and "embed" not in path]
+    )
+
+
+def _affordable(model: nn.Module, rows: PackedSequences, minutes: float, settings: Settings) -> int:
+    """How many steps the time allows, by timing a few on a model that is thrown away."""
+    trial = Trainer(model, next_token_loss, rows, settings, optimizer=muon(settings))
+    trial.run(until=TIMED_STEPS // 2)
+    start = time.perf_counter()
+    trial.run(until=TIMED_STEPS)
+    seconds = (time.perf_counter() - start) / (TIMED_STEPS - TIMED_STEPS // 2)
+    total: Any = mx.distributed.all_sum(mx.array(seconds)).item()  # alike in every process
+    return max(1, int(60 * minutes * trial.group.size() / total))
+
+
+def show(report: Report) -> None:
+    """A line about a training's progress, from the first process alone."""
+    if not mx.distributed.init().rank():
+        left = report.seconds_left / 60
+        print(
+            f"step {report.step}: loss {report.loss:.3f}, {report.tokens_per_second:.0f} tokens/s, "
+            f"{left:.1f} min left",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Train on `ROWS.npy` and write an mlx-lm model directory (its tokenizer is the recipe's business)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--iters", type=int, help="instead of what the minutes allow")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    a = parser.parse_args()
+    config = json.loads(a.config.read_text())
+    settings = Settings(
+        batch_size=a.batch_size,
+        learning_rate=a.learning_rate,
+        warmup=50,
+        end_learning_rate=0.02,
+        save_every=200,
+    )
+    model = pretrain(
+        config, PackedSequences(np.load(a.rows)), a.minutes, settings, a.out.with_suffix(".state")
+    )
+    if not mx.distributed.init().rank():
+        with new_directory(a.out, overwrite=True) as directory:
+            mlx_lm.utils.save_model(directory, model)
+            mlx_lm.utils.save_config(config, directory / "config.json")
+
+
+if __name__ == "__main__":
+    main()

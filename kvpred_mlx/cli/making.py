@@ -1,0 +1,168 @@
+"""What `fit` and `train` have in common: models, data, and figures on held-out documents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvpred_mlx.data import PackedSequences
+    from kvpred_mlx.model import KVPredictionModel
+    from kvpred_mlx.pairing import LoadedModel
+    from kvpred_mlx.quality import Quality
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(what: str, unit: str = "batches") -> Iterator[Progress]:
+    """A progress bar on standard error, as a function of how much is done and the total."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load_models(
+    base: str | None, auxiliary: str | None, layers: str | None
+) -> tuple[LoadedModel, LoadedModel]:
+    """The two models that the options name, with the same tokenizer."""
+    from kvpred_mlx.layer_maps import kept_layers
+    from kvpred_mlx.pairing import check_same_tokenizer, keep_layers, load_part
+
+    if base is None:
+        raise typer.BadParameter("missing, expected a directory or a Hugging Face repo", param_hint="--base")
+    if (auxiliary is None) == (layers is None):
+        given = "neither" if auxiliary is None else "both"
+        raise typer.BadParameter(
+            f"{given} given, expected one of the two", param_hint="--auxiliary / --auxiliary-layers"
+        )
+    first = load_part(base)
+    if layers is not None:
+        try:
+            kept = kept_layers(layers, len(first.model.layers))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--auxiliary-layers") from error
+        return first, keep_layers(first, kept)
+    second = load_part(str(auxiliary))
+    check_same_tokenizer(first, second)
+    return first, second
+
+
+def read_data(data: Path, text_key: str) -> tuple[list[str], list[str]]:
+    """Training and held-out documents."""
+    from kvpred_mlx.data import read_documents, split
+
+    with progress_bar(f"reading {data}"):
+        training, held_out = split(read_documents(data, text_key))
+    if not training and not held_out:
+        raise ValueError(f"{data}: empty, expected text")
+    return training or held_out, held_out
+
+
+def pack(tokenizer: Any, documents: list[str], length: int, data: Path) -> PackedSequences:
+    """Documents as packed sequences of `length` tokens."""
+    from kvpred_mlx.data import PackedSequences, encode
+
+    if tokenizer is None:
+        raise ValueError("the base has no tokenizer, so text cannot be read")
+    try:
+        return PackedSequences.of(encode(tokenizer, documents), length, tokenizer.eos_token_id)
+    except ValueError as error:
+        raise ValueError(f"{data}: {error}") from error
+
+
+def held_out_figures(
+    pair: KVPredictionModel, tokenizer: Any, documents: list[str], prompt_tokens: list[int], most: int = 80
+) -> list[Quality]:
+    """Quality on held-out documents, for the prompt lengths that they are long enough for."""
+    from kvpred_mlx.data import encode
+    from kvpred_mlx.quality import SCORE_TOKENS, cut_windows, measure
+
+    ids = encode(tokenizer, documents)
+    figures = []
+    for n in prompt_tokens:
+        if max(map(len, ids), default=0) >= n + SCORE_TOKENS:
+            windows = cut_windows(ids, n, SCORE_TOKENS, tokenizer, most)
+            with progress_bar(f"quality at {n} tokens", "windows") as progress:
+                figures.append(measure(pair, windows, progress=progress))
+    return figures
+
+
+def prompt_lengths(max_seq_length: int) -> list[int]:
+    """Where figures are taken for models that were fitted or trained on sequences of that length."""
+    from kvpred_mlx.quality import SCORE_TOKENS
+
+    longest = max_seq_length - SCORE_TOKENS
+    return sorted({n for n in (longest // 2, longest) if n > 1})
+
+
+def check_writable(mlx_path: Path, overwrite: bool) -> None:
+    """Refuse a path that cannot be written before hours are spent on what should go there."""
+    import os
+
+    from kvpred_mlx.files import check_absent
+
+    check_absent(mlx_path, overwrite)
+    parent = next(p for p in mlx_path.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{mlx_path}: no permission to write in {parent}")
+
+
+def save_pair(
+    mlx_path: Path,
+    pair: KVPredictionModel,
+    tokenizer: Any,
+    names: tuple[str, str],
+    made: list[str],
+    figures: list[Quality],
+    overwrite: bool,
+) -> None:
+    """Save a pair with its model card and figures, and say so."""
+    from kvpred_mlx.card import CardFacts, write_card
+    from kvpred_mlx.loading import save
+
+    def extras(folder: Path) -> None:
+        write_card(folder, CardFacts(mlx_path.name, *names, made), figures)
+
+    save(mlx_path, pair, tokenizer, overwrite=overwrite, extras=extras)
+    show_figures(figures)
+    print(f"{mlx_path}: {sum(f.stat().st_size for f in mlx_path.iterdir()) / 1e6:.1f} MB")
+
+
+def show_figures(figures: list[Quality]) -> None:
+    """Tables on the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvpred_mlx.card import TITLES, quality_cells
+
+    for quality in figures:
+        table = Table(
+            title=f"prompt {quality.prompt_tokens} tokens, {quality.score_tokens} scored, {quality.windows} windows of "
+            f"{quality.documents} held-out documents",
+            caption="mean over documents, 95 % bootstrap interval; retention: (no prompt - mode) / (no prompt - exact)",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("prompt cache", no_wrap=True)
+        for title in TITLES.values():
+            table.add_column(title, justify="right")
+        for name, estimates in quality.modes.items():
+            table.add_row(name, *quality_cells(estimates))
+        console = Console()
+        console.print(table)
+        for name, values in quality.explained_variance.items():
+            shown = " ".join(f"{v:.2f}" for v in values)
+            console.print(f"explained variance of {name} by layer: {shown}", markup=False, highlight=False)

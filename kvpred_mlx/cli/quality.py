@@ -1,0 +1,61 @@
+"""`kvpred-mlx quality`: what prediction costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quality(
+    pair: Annotated[
+        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text, JSONL, or a directory of such files.")] = None,
+    prompt_tokens: Annotated[
+        list[str] | None, typer.Option(help="Prompt lengths, 192,448; may be repeated.")
+    ] = None,
+    score_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 64,
+    windows: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 160,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    all_documents: Annotated[
+        bool,
+        typer.Option(
+            "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
+        ),
+    ] = False,
+    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Continue real text from exact and predicted prompt caches, and compare."""
+    from kvpred_mlx.cli import making
+    from kvpred_mlx.cli.bench import numbers
+    from kvpred_mlx.data import encode
+    from kvpred_mlx.loading import DEMO_PAIR, find_pair, load
+    from kvpred_mlx.quality import cut_windows, measure
+
+    lengths = numbers("--prompt-tokens", prompt_tokens or ["192"], 2)
+    if data is None:
+        raise typer.BadParameter("missing, expected text, JSONL or a directory", param_hint="--data")
+    path = find_pair(pair or DEMO_PAIR)
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
+    training, held_out = making.read_data(data, text_key)
+    chosen = held_out + (training if all_documents and training is not held_out else [])
+    if not chosen:
+        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
+    ids = encode(tokenizer, chosen)
+    figures = []
+    for n in lengths:
+        cut = cut_windows(ids, n, score_tokens, tokenizer, windows)
+        with making.progress_bar(f"quality at {n} tokens") as progress:
+            figures.append(measure(model, cut, batch_size=batch_size, seed=seed, progress=progress))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(q) for q in figures]))
+    else:
+        making.show_figures(figures)

@@ -1,0 +1,201 @@
+"""`kvpred-mlx train`: the paper's joint training of auxiliary and predictor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvpred_mlx.loop import Report, Settings
+    from kvpred_mlx.model import KVPredictionModel
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")],
+    model: Annotated[
+        str | None, typer.Option(help="A pair to train on. Or two models, from which one is fitted:")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")
+    ] = None,
+    auxiliary: Annotated[str | None, typer.Option(help="The small model that reads the prompt.")] = None,
+    auxiliary_layers: Annotated[
+        str | None,
+        typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
+    ] = None,
+    mlx_path: Annotated[Path, typer.Option(help="The directory to make.")] = Path("mlx_model"),
+    source: Annotated[
+        str | None, typer.Option(help="For two models: kv, kv-joint or hidden (default).")
+    ] = None,
+    layer_map: Annotated[str, typer.Option(help="For two models: auto, even, or a list.")] = "auto",
+    fit_tokens: Annotated[
+        int, typer.Option(min=1, help="For two models: tokens of the fit that begins.")
+    ] = 200_000,
+    iters: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step, over all processes.")] = 4,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    learning_rate: Annotated[float, typer.Option(min=0, help="The highest.")] = 3e-4,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of rising learning rate.")] = 100,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices, not of norms and biases.")] = 0.1,
+    grad_clip: Annotated[
+        float, typer.Option(min=0, help="The gradient's largest norm; 0 for no limit.")
+    ] = 1.0,
+    grad_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches averaged for a step.")] = 1,
+    auxiliary_loss: Annotated[
+        float, typer.Option(min=0, help="Weight of the auxiliary's cross-entropy.")
+    ] = 1.0,
+    kv_loss: Annotated[float, typer.Option(min=0, help="Weight of the distance of keys and values.")] = 1.0,
+    z_loss: Annotated[float, typer.Option(min=0, help="Weight of mean(logsumexp^2); CoreNet: 1e-4.")] = 0.0,
+    freeze_auxiliary: Annotated[
+        bool, typer.Option("--freeze-auxiliary", help="Train the predictor alone.")
+    ] = False,
+    grad_checkpoint: Annotated[
+        bool, typer.Option("--grad-checkpoint", help="Less memory, more time.")
+    ] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Do not compile the step.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="What to compute in; weights stay float32. Default: by device.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
+    steps_per_report: Annotated[int, typer.Option(min=1, help="Steps between reports.")] = 10,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget a saved state.")] = False,
+    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
+    ] = False,
+) -> None:
+    """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
+    from kvpred_mlx.cli import making
+    from kvpred_mlx.loop import Settings
+    from kvpred_mlx.loss import LossWeights
+    from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
+
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
+    making.check_writable(mlx_path, overwrite)
+    states = mlx_path.with_name(f"{mlx_path.name}.training")
+    if restart:
+        shutil.rmtree(states, ignore_errors=True)
+    settings = Settings(
+        iters, batch_size, learning_rate, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
+        grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
+        seed=seed, dtype=dtype or default_dtype(),
+    )  # fmt: skip
+    training, held_out = making.read_data(data, text_key)
+    pair, tokenizer, names, begun = _begin(
+        model,
+        (base, auxiliary, auxiliary_layers),
+        training,
+        max_seq_length,
+        data,
+        source,
+        layer_map,
+        fit_tokens,
+        seed,
+    )
+    packed = making.pack(tokenizer, training, max_seq_length, data)
+    with restored_types(pair):
+        trainer = joint_trainer(
+            pair, packed, settings, LossWeights(auxiliary_loss, kv_loss, z_loss), states,
+            freeze_auxiliary=freeze_auxiliary, grad_checkpoint=grad_checkpoint, compiled=not no_compile,
+        )  # fmt: skip
+        _run(trainer, settings, states)
+    if trainer.group.rank():
+        return
+    figures = making.held_out_figures(pair, tokenizer, held_out, making.prompt_lengths(max_seq_length))
+    tokens = iters * batch_size * grad_accumulation_steps * max_seq_length
+    made = [
+        *begun,
+        f"Auxiliary and predictor were trained together on {tokens:,} tokens with `kvpred-mlx train`.",
+    ]
+    making.save_pair(mlx_path, pair, tokenizer, names, made, figures, overwrite)
+    shutil.rmtree(states, ignore_errors=True)
+
+
+def _begin(
+    model: str | None,
+    parts: tuple[str | None, str | None, str | None],
+    training: list[str],
+    max_seq_length: int,
+    data: Path,
+    source: str | None,
+    layer_map: str,
+    fit_tokens: int,
+    seed: int,
+) -> tuple[KVPredictionModel, Any, tuple[str, str], list[str]]:
+    """The pair to train, its tokenizer, its models' names, and what its card says of its beginning."""
+    from kvpred_mlx.cli import making
+    from kvpred_mlx.fit import FitSettings, fit
+    from kvpred_mlx.loading import find_pair, load
+    from kvpred_mlx.pairing import join
+    from kvpred_mlx.sources import DEFAULT
+
+    if model is not None:
+        if any(parts) or source is not None:
+            raise typer.BadParameter(
+                "given with two models or a source, expected a pair alone", param_hint="--model"
+            )
+        path = find_pair(model)
+        pair, tokenizer = load(path)
+        return (
+            pair,
+            tokenizer,
+            (f"of {path.name}", f"of {path.name}"),
+            [f"Training began from the pair {path.name}."],
+        )
+    first, second = making.load_models(*parts)
+    packed = making.pack(first.tokenizer, training, max_seq_length, data)
+    settings = FitSettings(fit_tokens, source=source or DEFAULT, layer_map=layer_map, seed=seed)
+    with making.progress_bar("fitting") as progress:
+        fitted = fit(first.model, second.model, packed, settings, progress)
+    made = [
+        f"The predictor (source {settings.source}) was first fitted in closed form on {fitted.tokens:,} tokens."
+    ]
+    return join(first, second, fitted.predictor), first.tokenizer, (first.name, second.name), made
+
+
+def _run(trainer: Any, settings: Settings, states: Path) -> None:
+    """Train with progress on standard error; only the first process of several shows it."""
+    import sys
+
+    quiet = bool(trainer.group.rank())
+    if trainer.step and not quiet:
+        print(f"going on after step {trainer.step} of {settings.iters} ({states})", file=sys.stderr)
+    with _shown(settings.iters, quiet) as report:
+        try:
+            trainer.run(report)
+        except KeyboardInterrupt:
+            if not quiet:
+                print(f"interrupted: the same command goes on after step {trainer.step}", file=sys.stderr)
+            raise
+
+
+@contextmanager
+def _shown(iters: int, quiet: bool) -> Iterator[Callable[[Report], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True, quiet=quiet)
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=iters, left="")
+
+        def report(report: Report) -> None:
+            minutes = f"{report.seconds_left / 60:.1f} min left"
+            bar.update(task, completed=report.step, left=minutes)
+            terms = ", ".join(f"{name} {value:.3f}" for name, value in report.terms.items())
+            console.print(
+                f"step {report.step}: loss {report.loss:.3f} ({terms}), learning rate {report.learning_rate:.2e}, "
+                f"{report.tokens_per_second:.0f} tokens/s, {report.peak_bytes / 1e9:.2f} GB, {minutes}",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+        yield report

@@ -1,0 +1,257 @@
+"""`fit`, `train` and `quality` from the command line: from two models to figures, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx_lm.utils
+import pytest
+from conftest import fails
+from families import OVERRIDES, build
+from mlx.utils import tree_flatten
+
+from kvpred_mlx import load
+from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.pairing import keep_layers, load_part
+
+TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(3000))
+
+
+def write_model(folder, family, tokenizer, **overrides):
+    model = build(family, {**OVERRIDES.get(family, {}), "vocab_size": 4096, **overrides})
+    folder.mkdir(parents=True)
+    mlx_lm.utils.save_model(folder, model)
+    from dataclasses import asdict
+
+    mlx_lm.utils.save_config(asdict(model.args), folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, demo_pair):
+    """Two tiny random models with the bundled tokenizer, and text to read."""
+    root = tmp_path_factory.mktemp("models")
+    write_model(root / "base", "qwen3", demo_pair[1])
+    write_model(root / "small", "llama", demo_pair[1])
+    (root / "text.txt").write_text(TEXT)
+    return root
+
+
+def arguments(models, out, *more):
+    parts = ["--base", models / "base", "--auxiliary", models / "small", "--data", models / "text.txt"]
+    return [*parts, "--mlx-path", out, "--max-seq-length", 96, *more]
+
+
+def test_fit_makes_a_pair_with_a_card(models, tmp_path, run):
+    out = tmp_path / "pair"
+    code, printed, err = run("fit", *arguments(models, out, "--tokens", 4000))
+    assert code == 0, err
+    assert "retention" in printed and str(out) in printed.replace("\n", "")
+    card = (out / "README.md").read_text()
+    assert "source hidden" in card and "| predicted |" in card
+    pair, tokenizer = load(out)
+    assert pair.predictor.source == "hidden" and tokenizer is not None
+    assert run("generate", "--model", out, "--prompt", "def f(x):\n" * 20, "-m", 3)[0] == 0
+    assert (
+        run(
+            "bench",
+            "--model",
+            out,
+            "--prompt-lens",
+            64,
+            "--trials",
+            1,
+            "-m",
+            2,
+            "--no-plot",
+            "--output-dir",
+            tmp_path / "b",
+        )[0]
+        == 0
+    )
+    fails(run("fit", *arguments(models, out)), 1, "exists already")
+
+
+@pytest.mark.parametrize("source", ["kv", "kv-joint"])
+def test_fit_from_the_bases_own_layers(models, tmp_path, run, source):
+    out = tmp_path / "pair"
+    parts = [
+        "--base",
+        models / "base",
+        "--auxiliary-layers",
+        "0.5",
+        "--data",
+        models / "text.txt",
+        "--mlx-path",
+        out,
+    ]
+    code, _, err = run(
+        "fit", *parts, "--source", source, "--layer-map", "even", "--max-seq-length", 96, "--tokens", 3000
+    )
+    assert code == 0, err
+    pair, _ = load(out)
+    assert len(pair.auxiliary.layers) == 2 and pair.predictor.layer_map == (0, 0, 1, 1)
+    for kept, layer in zip((0, 2), pair.auxiliary.layers, strict=True):
+        assert mx.array_equal(layer.mlp.up_proj.weight, pair.base.layers[kept].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("family", ["openelm", "llama", "gemma3_text", "olmoe"])
+def test_kept_layers_of_quantized_models(family, tmp_path, demo_pair):
+    folder = write_model(tmp_path / family, family, demo_pair[1])
+    base = load_part(str(folder))
+    import mlx.nn as nn
+
+    nn.quantize(base.model, 32, 4)
+    pruned = keep_layers(base, [0, 3])
+    ours = dict(tree_flatten(pruned.model.layers[1].parameters()))
+    theirs = dict(tree_flatten(base.model.layers[3].parameters()))
+    assert ours.keys() == theirs.keys() and all(mx.array_equal(ours[k], theirs[k]) for k in ours)
+    assert pruned.model(mx.array([[1, 2, 3]])).shape == (1, 3, 4096)
+
+
+def test_train_from_two_models_and_go_on_from_the_pair(models, tmp_path, run):
+    out, more = tmp_path / "pair", tmp_path / "more"
+    options = ["--iters", 4, "--batch-size", 2, "--steps-per-report", 2, "--fit-tokens", 2000, "--warmup", 1]
+    code, printed, err = run("train", *arguments(models, out, *options))
+    assert code == 0, err
+    assert "step 4: loss" in err and "keys" in err and "tokens/s" in err and "retention" in printed
+    assert not out.with_name("pair.training").exists()
+    assert "trained together on 768 tokens" in (out / "README.md").read_text()
+    pair = ["--model", out, "--data", models / "text.txt", "--mlx-path", more, "--max-seq-length", 64]
+    code, _, err = run(
+        "train", *pair, "--iters", 2, "--freeze-auxiliary", "--grad-checkpoint", "--no-compile"
+    )
+    assert code == 0, err
+    before, after = load(out)[0], load(more)[0]
+    assert mx.array_equal(
+        before.auxiliary.layers[0].mlp.up_proj.weight, after.auxiliary.layers[0].mlp.up_proj.weight
+    )
+    assert not mx.array_equal(before.predictor.key_maps[0].weight, after.predictor.key_maps[0].weight)
+
+
+def test_quality_of_the_demo_pair(models, run):
+    code, out, err = run(
+        "quality",
+        "--data",
+        models / "text.txt",
+        "--prompt-tokens",
+        "64,32",
+        "--score-tokens",
+        8,
+        "--windows",
+        4,
+        "--json",
+    )
+    assert code == 0, err
+    figures = json.loads(out)
+    assert [f["prompt_tokens"] for f in figures] == [64, 32]
+    assert figures[0]["modes"]["exact"]["agreement"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    code, out, _ = run(
+        "quality",
+        DEMO_PAIR,
+        "--data",
+        models / "text.txt",
+        "--prompt-tokens",
+        32,
+        "--windows",
+        2,
+        "--all-documents",
+    )
+    assert code == 0 and "predicted" in out and "explained variance of keys" in out
+
+
+def test_bad_usage_is_one_line(models, tmp_path, run):
+    out, data = tmp_path / "out", models / "text.txt"
+    both = ["--base", models / "base", "--auxiliary", models / "small", "--data", data, "--mlx-path", out]
+    fails(run("fit", *both, "--source", "keys"), 2, "--source", "expected one of kv, kv-joint, hidden")
+    fails(run("fit", *both, "--layer-map", "0,0,9,9"), 2, "--layer-map", "expected auto, even, or 4")
+    fails(run("fit", *both, "--auxiliary-layers", "0.5"), 2, "both given", "expected one of the two")
+    fails(run("fit", "--base", models / "base", "--data", data, "--mlx-path", out), 2, "neither given")
+    fails(
+        run("fit", "--data", data, "--auxiliary", models / "small", "--mlx-path", out), 2, "--base", "missing"
+    )
+    fails(
+        run("fit", "--base", models / "base", "--auxiliary-layers", "0.3", "--data", data, "--mlx-path", out),
+        2,
+        "0.3",
+    )
+    fails(run("fit", *both, "--tokens", 0), 2, "--tokens")
+    fails(run("train", *both, "--model", DEMO_PAIR), 2, "--model")
+    fails(run("train", *both, "--dtype", "int8"), 2, "--dtype", "float32, float16, bfloat16")
+    fails(run("quality"), 2, "--data", "missing")
+    fails(run("quality", "--data", data, "--prompt-tokens", "1,x"), 2, "--prompt-tokens", "'1', 'x'")
+    assert not out.exists()
+
+
+def test_bad_data_is_one_line(models, tmp_path, run):
+    out = tmp_path / "out"
+    both = ["--base", models / "base", "--auxiliary", models / "small", "--mlx-path", out]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    for command in ("fit", "train"):
+        fails(run(command, *both, "--data", tmp_path / "absent"), 1, "absent", "no such file")
+        fails(run(command, *both, "--data", tmp_path / "empty.txt"), 1, "empty.txt", "expected text")
+        fails(
+            run(command, *both, "--data", tmp_path / "short.txt"),
+            1,
+            "short.txt",
+            "tokens, expected at least 513",
+        )
+        fails(run(command, *both, "--data", tmp_path / "latin.txt"), 1, "latin.txt", "not UTF-8 at byte 2")
+    fails(run("quality", "--data", tmp_path / "short.txt", "--all-documents"), 1, "expected at least 256")
+    assert not out.exists()
+
+
+def test_models_that_do_not_fit(models, tmp_path, run, demo_pair):
+    data = models / "text.txt"
+    other = tmp_path / "other"
+    write_model(other, "llama", demo_pair[1])
+    file = other / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary["model"]["vocab"] = {
+        {"\n": "return"}.get(t, {"return": "\n"}.get(t, t)): i
+        for t, i in vocabulary["model"]["vocab"].items()
+    }
+    file.write_text(json.dumps(vocabulary))
+    parts = ["--base", models / "base", "--data", data, "--mlx-path", tmp_path / "out"]
+    code, _out, err = run("fit", *parts, "--auxiliary", other)
+    assert code == 1 and "token" in err and "expected the same" in err, err
+    write_model(tmp_path / "recurrent", "mamba", demo_pair[1])
+    fails(
+        run("fit", *parts[2:], "--base", tmp_path / "recurrent", "--auxiliary", models / "small"), 1, "mamba"
+    )
+    fails(run("fit", *parts, "--auxiliary", DEMO_PAIR), 1, "a pair already")
+    fails(run("fit", *parts, "--auxiliary", tmp_path / "nothing"), 1, "no such directory")
+    truncated = tmp_path / "truncated"
+    write_model(truncated, "llama", demo_pair[1])
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    fails(run("fit", *parts, "--auxiliary", truncated), 1, "truncated")
+
+
+def test_no_permission_and_a_full_disk(models, tmp_path, run, monkeypatch):
+    import os
+
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, *a, **k: path != tmp_path and allowed(path, *a, **k))
+    fails(run("fit", *arguments(models, tmp_path / "locked" / "pair")), 1, "no permission to write in")
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mlx_lm.utils, "save_model", full)
+    code, _, err = run("fit", *arguments(models, tmp_path / "pair", "--tokens", 2000))
+    assert code == 1 and "No space left on device" in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_a_number(models, tmp_path, run):
+    out = tmp_path / "pair"
+    options = ["--iters", 8, "--batch-size", 2, "--fit-tokens", 2000, "--warmup", 0, "--learning-rate", 1e30]
+    code, _, err = run("train", *arguments(models, out, *options, "--save-every", 1, "--grad-clip", 0))
+    assert code == 1 and "try a lower learning rate" in err.splitlines()[-1]
+    assert not out.exists()

@@ -1,0 +1,246 @@
+"""The training loop: resuming, interruption, several processes, divergence; joint training of several families."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from pairs import make_pair, tokens
+
+from kvpred_mlx import load, save
+from kvpred_mlx.data import PackedSequences
+from kvpred_mlx.loop import DivergedError, Settings, Trainer, saved_states, schedule
+from kvpred_mlx.loss import LossWeights
+from kvpred_mlx.train import joint_trainer, restored_types
+
+FAMILIES = [
+    ("openelm", "openelm"),
+    ("llama", "qwen2"),
+    ("qwen3", "llama"),
+    ("gemma3_text", "qwen3"),
+    ("olmoe", "qwen2"),
+]
+SETTINGS = Settings(iters=6, batch_size=4, learning_rate=3e-3, warmup=2, save_every=2, steps_per_report=1)
+
+
+def data(rows=24, length=16) -> PackedSequences:
+    return PackedSequences(np.array(tokens(length + 1, 0, rows)))
+
+
+def weights(pair) -> dict[str, mx.array]:
+    return {k: mx.array(v) for k, v in tree_flatten(pair.parameters())}
+
+
+def same(a, b) -> bool:
+    return all(mx.array_equal(a[k], b[k]).item() for k in a)
+
+
+@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
+def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tmp_path):
+    pair = make_pair(base, auxiliary, source=source)
+    before = weights(pair)
+    reports = []
+    with restored_types(pair):
+        joint_trainer(pair, data(), SETTINGS).run(reports.append)
+    after = weights(pair)
+    assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
+    assert min(r.loss for r in reports[1:]) < reports[0].loss
+    assert set(reports[0].terms) == {"base", "auxiliary", "keys", "values"}
+    changed = {k.partition(".")[0] for k in before if not mx.array_equal(before[k], after[k])}
+    assert changed == {"auxiliary", "predictor"}
+    save(tmp_path / "pair", pair)
+    again, _ = load(tmp_path / "pair")
+    prompt = tokens(50, seed=3)
+    assert mx.allclose(again(prompt), pair(prompt), atol=1e-4)
+
+
+def test_frozen_auxiliary():
+    pair = make_pair()
+    before = weights(pair)
+    with restored_types(pair):
+        joint_trainer(pair, data(), SETTINGS, freeze_auxiliary=True).run()
+    after = weights(pair)
+    changed = {k.partition(".")[0] for k in before if not mx.array_equal(before[k], after[k])}
+    assert changed == {"predictor"}
+
+
+def test_types_are_given_back():
+    pair = make_pair()
+    pair.set_dtype(mx.bfloat16)
+    settings = dataclasses.replace(SETTINGS, dtype="bfloat16", iters=2)
+    with restored_types(pair):
+        joint_trainer(pair, data(), settings).run()
+        assert pair.predictor.key_maps[0].weight.dtype == mx.float32
+    assert {a.dtype for _, a in tree_flatten(pair.parameters())} == {mx.bfloat16}
+
+
+def test_quantized_parts():
+    pair = make_pair("llama", "llama")
+    nn.quantize(pair.auxiliary, 32, 8)
+    with pytest.raises(
+        ValueError, match="the auxiliary is quantized, expected float weights to train, or --freeze"
+    ):
+        joint_trainer(pair, data(), SETTINGS)
+    nn.quantize(pair.base, 32, 4)
+    before = weights(pair.predictor)
+    with restored_types(pair):
+        joint_trainer(pair, data(), SETTINGS, freeze_auxiliary=True).run()
+    assert not same(before, weights(pair.predictor))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_resumed_training_gives_the_same_weights(tmp_path, compiled):
+    straight, resumed, last = (make_pair() for _ in range(3))
+    joint_trainer(straight, data(), SETTINGS, compiled=compiled).run()
+    first = joint_trainer(resumed, data(), SETTINGS, state_folder=tmp_path, compiled=compiled)
+    first.run(until=5)  # states are saved at 2 and 4: what comes after is lost, as when it is killed
+    assert [p.name for p in saved_states(tmp_path)] == ["step-00000002", "step-00000004"]
+    second = joint_trainer(last, data(), SETTINGS, state_folder=tmp_path, compiled=compiled)
+    assert second.step == 4
+    second.run()
+    assert same(weights(straight), weights(last))
+
+
+def test_other_settings_do_not_resume(tmp_path):
+    joint_trainer(make_pair(), data(), SETTINGS, state_folder=tmp_path).run(until=3)
+    other = dataclasses.replace(SETTINGS, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"was trained with learning_rate 0.003, now 0.001: give the same"):
+        joint_trainer(make_pair(), data(), other, state_folder=tmp_path)
+
+
+def test_ctrl_c_saves(tmp_path):
+    pair = make_pair()
+    trainer = joint_trainer(pair, data(), SETTINGS, state_folder=tmp_path)
+
+    def interrupt(report):
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(interrupt)
+    assert saved_states(tmp_path)[-1].name == "step-00000003"
+    again, straight = make_pair(), make_pair()
+    joint_trainer(again, data(), SETTINGS, state_folder=tmp_path).run()
+    joint_trainer(straight, data(), SETTINGS).run()
+    assert same(weights(straight), weights(again))
+
+
+def test_divergence_keeps_the_last_good_state(tmp_path):
+    def loss(model, batch):
+        value = nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:], reduction="mean")
+        return value * mx.where(trainer_step() < 3, 1.0, float("nan")), {}
+
+    pair = make_pair()
+    steps = iter(range(100))
+    trainer_step = lambda: mx.array(next(steps))
+    trainer = Trainer(pair.auxiliary, loss, data(), SETTINGS, tmp_path, compiled=False)
+    with pytest.raises(DivergedError, match=r"the loss of step 4 is nan: .*last good state is in"):
+        trainer.run()
+    states = saved_states(tmp_path)
+    assert states[-1].name == "step-00000002"
+    kept = mx.load(str(states[-1] / "trainable.safetensors"))
+    assert all(mx.isfinite(a).all().item() for a in kept.values())
+
+
+def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
+    trainer = joint_trainer(make_pair(), data(), SETTINGS, state_folder=tmp_path)
+    trainer.run(until=3)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_accumulated_batches_are_one_large_batch():
+    rows = data(32)
+    halves = dataclasses.replace(SETTINGS, batch_size=4, grad_accumulation_steps=2, iters=1, grad_clip=0)
+    whole = dataclasses.replace(SETTINGS, batch_size=8, iters=1, grad_clip=0)
+    results = []
+    for settings in (halves, whole):
+        pair, seen = make_pair(), []
+        joint_trainer(pair, rows, settings).run(seen.append)
+        results.append((seen[0].loss, weights(pair)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert all(mx.allclose(a, results[1][1][k], atol=1e-4) for k, a in results[0][1].items())
+
+
+def test_every_row_once_an_epoch():
+    rows = data(10)
+    seen = np.concatenate([np.array(rows.batch(i, 4, seed=1)) for i in range(5)])
+    for epoch in (seen[:10], seen[10:]):
+        assert sorted(map(tuple, epoch)) == sorted(map(tuple, rows.rows))
+    assert not np.array_equal(seen[:10], seen[10:])
+
+
+def test_schedule_warms_up_and_decays():
+    settings = Settings(iters=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
+    rate = schedule(settings)
+    rates = [rate(mx.array(i)).item() for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10) and rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_settings_refused():
+    with pytest.raises(ValueError, match="iters is 0, expected at least 1; learning_rate is nan"):
+        Settings(iters=0, learning_rate=float("nan"))
+
+
+WORKER = """
+import json, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import kvpred_mlx, mlx.core as mx
+from test_train import SETTINGS, data
+from pairs import make_pair
+from kvpred_mlx.train import joint_trainer
+seen = []
+joint_trainer(make_pair(), data(), SETTINGS).run(seen.append)
+if mx.distributed.init().rank() == 0:
+    open({out!r}, "w").write(json.dumps([mx.distributed.init().size(), [r.loss for r in seen]]))
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    tests = Path(__file__).parent
+    out, script = tmp_path / "losses.json", tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(tests), root=str(tests.parent), out=str(out)))
+    launch = Path(sys.executable).with_name("mlx.launch")
+    ports = ["--starting-port", str(40000 + os.getpid() % 20000)]
+    done = subprocess.run(
+        [str(launch), "-n", "2", *ports, "--", sys.executable, str(script)],
+        check=False, capture_output=True, text=True, timeout=180, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert out.exists(), done.stdout + done.stderr
+    size, losses = json.loads(out.read_text())
+    seen = []
+    joint_trainer(make_pair(), data(), SETTINGS).run(seen.append)
+    assert size == 2
+    assert losses == pytest.approx([r.loss for r in seen], rel=1e-4)
+
+
+def test_batch_that_cannot_be_shared():
+    class Three:
+        def size(self):
+            return 3
+
+        def rank(self):
+            return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.distributed, "init", lambda: Three())
+        with pytest.raises(ValueError, match="batch size 4, expected a multiple of the 3 processes"):
+            joint_trainer(make_pair(), data(), SETTINGS, LossWeights())
