@@ -38,8 +38,8 @@ lint: setup $(DEV)
 bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="--model PAIR --prompt-lens 512,2048"]
 	$(BIN)/kvpred-mlx bench $(or $(ARGS),$(SHORT_BENCH))
 
-readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md
-	$(BIN)/python -m kvpred_mlx.bench.readme README.md
+readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md and docs/dial.md
+	$(BIN)/python -m kvpred_mlx.bench.readme README.md docs/dial.md
 
 convert: setup $(DEV)  ## CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
 	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || \

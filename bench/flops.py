@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.bench.graph import Shape, Step, after, caches, fill, primitives
+from kvpred_mlx.exact import Call, ExactPositions
 from kvpred_mlx.model import KVPredictionModel
 
 
@@ -53,22 +54,67 @@ def ttft_flops(pair: KVPredictionModel, prompt_tokens: int) -> TTFT:
     exact = full_prefill_flops(pair.base, prompt_tokens)
     predicted = exact
     if prompt_tokens > pair.min_prompt_tokens:
-        prefill = _Cost(
-            lambda tokens, cache: pair.predictor(pair.auxiliary_features(tokens, cache)),
-            lambda: list(pair.make_cache()[-1].auxiliary),
-        )
-        predicted = prefill.until(prompt_tokens - 1) + step_flops(pair.base, prompt_tokens - 1)
+        predicted = dial_flops(pair, pair.exact_positions or ExactPositions(), prompt_tokens)
     return TTFT(exact, predicted, full_prefill_flops(pair.auxiliary, prompt_tokens))
+
+
+def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int) -> int:
+    """FLOPs of a predicted prompt of `prompt_tokens` tokens, some of it exact.
+
+    The chosen (`top`) positions are not known beforehand: each costs as much as a candidate does on average.
+    """
+    call = Call.of(dial, prompt_tokens - 1, None, windowed=False)
+    base, candidates = Cost(fill(pair.base), caches(pair.base)), range(*call.candidates)
+    chosen = call.top * base.between(*call.candidates) // len(candidates) if call.top else 0
+    exact = base.until(call.first) + base.between(call.last, call.tokens) + chosen
+    scores = scores_flops(pair, call.tokens) if call.top else 0
+    return (
+        Cost(predict(pair), auxiliary_caches(pair)).until(call.read)
+        + scores
+        + exact
+        + step_flops(pair.base, call.tokens)
+    )
+
+
+def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
+    """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs."""
+
+    def listened(tokens: mx.array, cache: list[Any]) -> Any:
+        with pair.importance.listen() as heard:
+            return [read(pair)(tokens, cache), heard.scores(tokens.shape[1], tokens.shape[1], [0])]
+
+    both, alone = (
+        graph_flops(function, *arrays)
+        for function, arrays in (
+            after(0, (1, tokens), step, auxiliary_caches(pair)) for step in (listened, read(pair))
+        )
+    )
+    return both - alone
+
+
+def read(pair: KVPredictionModel) -> Step:
+    """The auxiliary, as far as the predictor reads it."""
+    return lambda tokens, cache: pair.auxiliary_features(tokens, cache)
+
+
+def predict(pair: KVPredictionModel) -> Step:
+    """The auxiliary and the predictor."""
+    return lambda tokens, cache: pair.predictor(read(pair)(tokens, cache))
+
+
+def auxiliary_caches(pair: KVPredictionModel) -> Callable[[], list[Any]]:
+    """Makes the auxiliary's empty caches."""
+    return lambda: list(pair.make_cache()[-1].auxiliary)
 
 
 def full_prefill_flops(model: nn.Module, prompt_tokens: int) -> int:
     """FLOPs of mlx-lm's prefill (only the cache is evaluated) and of the step on the last prompt token."""
-    return _Cost(fill(model), caches(model)).until(prompt_tokens - 1) + step_flops(model, prompt_tokens - 1)
+    return Cost(fill(model), caches(model)).until(prompt_tokens - 1) + step_flops(model, prompt_tokens - 1)
 
 
 def step_flops(model: nn.Module, position: int) -> int:
     """FLOPs of one decode step after `position` cached tokens, vocabulary included."""
-    return _Cost(lambda tokens, cache: model(tokens, cache=cache), caches(model)).at(position)
+    return Cost(lambda tokens, cache: model(tokens, cache=cache), caches(model)).at(position)
 
 
 def graph_flops(function: Callable[..., Any], *arrays: mx.array) -> int:
@@ -98,7 +144,7 @@ def prefill_bytes(model: nn.Module, batch_size: int, prompt_tokens: int, step_si
     return sum(c.nbytes for c in cache) + 3 * largest
 
 
-class _Cost:
+class Cost:
     """The cost of one token as a function of how many tokens are cached."""
 
     def __init__(self, step: Step, make_cache: Callable[[], list[Any]]):
@@ -112,7 +158,11 @@ class _Cost:
 
     def until(self, end: int) -> int:
         """The cost of tokens 0 to `end` - 1, one after the other."""
-        return self._sum(0, end - 1) if end > 0 else 0
+        return self.between(0, end)
+
+    def between(self, start: int, end: int) -> int:
+        """The cost of tokens `start` to `end` - 1, each after all before it."""
+        return self._sum(start, end - 1) if end > start else 0
 
     def _sum(self, first: int, last: int) -> int:
         ends = self.at(first) + self.at(last)

@@ -1,6 +1,6 @@
-"""Write the tables of `bench/results/` into the README: `make readme`.
+"""Write the tables of `bench/results/` into the README and docs/dial.md: `make readme`.
 
-Each table stands between `<!-- bench: FOLDER -->` and `<!-- end -->`.
+Each table stands between `<!-- bench: FOLDER -->` (or `<!-- pareto: FOLDER -->`) and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-from kvpred_mlx.bench.report import machine_line, markdown
+from kvpred_mlx.bench import pareto_report
+from kvpred_mlx.bench.report import machine_line, machine_text, markdown
 from kvpred_mlx.bench.results import read
 
 RESULTS = Path(__file__).with_name("results")
-BLOCK = re.compile(r"<!-- bench: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (bench|pareto): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -22,15 +23,21 @@ def with_tables(text: str) -> str:
     Raises:
         OSError, ValueError: a table's results cannot be read.
     """
-    return BLOCK.sub(lambda match: _block(match[1]), text)
+    return BLOCK.sub(lambda match: _block(match[1], match[2]), text)
 
 
-def _block(folder: str) -> str:
-    results = read(RESULTS / folder / "results.json")
+def _block(kind: str, folder: str) -> str:
+    path = RESULTS / folder / "results.json"
+    if kind == "bench":
+        results = read(path)
+        table, machine = markdown(results), machine_line(results)
+    else:
+        results = pareto_report.read(path)
+        table, machine = pareto_report.markdown(results), machine_text(results)
     command = " ".join(results["command"])
-    return f"<!-- bench: {folder} -->\n\n{markdown(results)}\n\n`{command}`\n\n{machine_line(results)}.\n\n<!-- end -->"
+    return f"<!-- {kind}: {folder} -->\n\n{table}\n\n`{command}`\n\n{machine}.\n\n<!-- end -->"
 
 
 if __name__ == "__main__":
-    readme = Path(sys.argv[1])
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -41,13 +41,18 @@ def remarks(results: Results) -> list[str]:
 
 def machine_line(results: Results) -> str:
     """What the bench ran on, in one line."""
+    peak = results["matrix_product_flops_per_second"] / 1e9
+    return f"{machine_text(results)}; matrix products at most {peak:.0f} GFLOP/s"
+
+
+def machine_text(results: Results) -> str:
+    """Machine, backend and versions of any results."""
     m, v = results["machine"], results["machine"]["versions"]
     threads = f", {m['blas_threads']} threads" if m["blas_threads"] else ""
     return (
         f"{m['processor']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}; "
         f"MLX {v['mlx']} {m['device']}, {results['pair']['dtype']}, BLAS: {m['blas']}{threads}; "
-        f"mlx-lm {v['mlx-lm']}; matrix products at most "
-        f"{results['matrix_product_flops_per_second'] / 1e9:.0f} GFLOP/s"
+        f"mlx-lm {v['mlx-lm']}"
     )
 
 

@@ -77,7 +77,7 @@ def bench(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["kvpred-mlx", *sys.argv[1:]],
         "machine": machine.describe(),
-        "pair": _describe(pair, name, dtype),
+        "pair": describe_pair(pair, name),
         "settings": dataclasses.asdict(settings) | {"prompt": "random" if prompt is None else "given"},
         "matrix_product_flops_per_second": machine.matrix_product_peak(dtype),
         "warnings": [*notes, *machine.warnings(busy)],
@@ -116,13 +116,13 @@ def _shape(
     b, n = tokens.shape
     runs: dict[tuple[str, int], list[Trial]] = {(m, s): [] for s in step_sizes for m in MODES}
     apart: list[Parts] = []
-    predicted = n > pair.min_prompt_tokens
+    apart_too = n > pair.min_prompt_tokens and not pair.exact_positions
     for trial in range(-1, settings.trials):
         for (mode, step_size), trials in runs.items():
             report(trial + 1, f"{'warm-up' if trial < 0 else f'trial {trial + 1}'}, {mode}")
             made = generate(model_of(pair, mode), tokens, step_size, settings.max_tokens if trial >= 0 else 2)
             trials += [made] if trial >= 0 else []
-        if predicted:
+        if apart_too:
             made_apart = parts(pair, tokens, step_sizes[0])
             apart += [made_apart] if trial >= 0 else []
     flops = ttft_flops(pair, n)
@@ -203,14 +203,16 @@ def _tokens(
     return tokens
 
 
-def _describe(pair: KVPredictionModel, name: str, dtype: mx.Dtype) -> dict[str, Any]:
+def describe_pair(pair: KVPredictionModel, name: str) -> dict[str, Any]:
+    """What the results say of a pair; see docs/benchmarking.md."""
     modules = {"base": pair.base, "auxiliary": pair.auxiliary, "predictor": pair.predictor}
     return {
         "name": name,
-        "dtype": str(dtype).rpartition(".")[2],
+        "dtype": str(_dtype(pair)).rpartition(".")[2],
         "weight_bytes": {role: weight_bytes(module) for role, module in modules.items()},
         **({"quantization": None} | quantization_config(pair)),
         "min_prompt_tokens": pair.min_prompt_tokens,
+        "exact_positions": pair.exact_positions.as_dict() if pair.exact_positions else None,
     }
 
 

@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 from kvpred_mlx import _blas, _registration
 
 if TYPE_CHECKING:
+    from kvpred_mlx.exact import ExactPositions
     from kvpred_mlx.generation import GenerationResponse, generate, stream_generate
     from kvpred_mlx.loading import load, load_model, save
     from kvpred_mlx.model import KVPredictionModel
     from kvpred_mlx.predictor import Predictor
+    from kvpred_mlx.repair import RepairingModel
     from kvpred_mlx.sites import UnsupportedModelError
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ExactPositions": "exact",
     "GenerationResponse": "generation",
     "KVPredictionModel": "model",
     "Predictor": "predictor",
+    "RepairingModel": "repair",
     "UnsupportedModelError": "sites",
     "generate": "generation",
     "load": "loading",
@@ -37,9 +41,11 @@ _HOME = {
     "stream_generate": "generation",
 }
 __all__ = [
+    "ExactPositions",
     "GenerationResponse",
     "KVPredictionModel",
     "Predictor",
+    "RepairingModel",
     "UnsupportedModelError",
     "generate",
     "load",

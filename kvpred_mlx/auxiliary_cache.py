@@ -33,6 +33,8 @@ class AuxiliaryCache(CacheList):
     # Class attributes, because mlx-lm restores saved caches without calling `__init__`.
     prompt_open = False  #: a predicted prompt is under way: short calls may continue it
     caught_up = False  #: the last call was predicted: the auxiliary has read all there is
+    announced: tuple[int, int] | None = None  #: tokens done and in all, of a prompt of known length
+    exact_tokens = 0  #: tokens at the beginning whose base entries a repair has made exact
     provisional = 0  #: tokens of the last call, if it was too short to tell a prompt's end from a draft
     _lengths: list[int] | None = None  # tokens still to come in each row of a right-padded batch
 
@@ -52,6 +54,18 @@ class AuxiliaryCache(CacheList):
     def close_prompt(self) -> None:
         """What follows is not a continuation of the last prompt."""
         self.prompt_open = self.caught_up = False
+        self.announced = None
+
+    def read_on(self, tokens: int, *, all_read: bool, provisional: bool) -> None:
+        """A call with `tokens` tokens of a prompt is done; the auxiliary has read all of them, or not yet."""
+        self.prompt_open, self.caught_up = True, all_read
+        self.provisional = tokens if provisional else 0
+        done, total = self.announced or (0, 0)
+        self.announced = (done + tokens, total) if done + tokens < total else None
+
+    def lengths(self, n: int) -> list[int] | None:
+        """How many of the next `n` columns are tokens in each row of a right-padded batch (None: not padded)."""
+        return None if self._lengths is None else [min(n, left) for left in self._lengths]
 
     def append(self, tokens: mx.array) -> mx.array:
         """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to."""
@@ -122,6 +136,7 @@ class AuxiliaryCache(CacheList):
         n = self.log.trim(n)
         self.close_prompt()
         self.provisional = max(0, self.provisional - n)
+        self.exact_tokens = min(self.exact_tokens, self.log.size())
         ahead = -min(self.lags())
         if ahead > 0:
             fits = all(c.is_trimmable() and c.size() >= ahead for c in self.auxiliary)

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.model import KVPredictionModel
+from kvpred_mlx.repair import BUDGET, Progress, RepairingModel
 
 
 @dataclass
@@ -27,10 +28,16 @@ class GenerationResponse(MlxLmResponse):
         ttft (float): seconds from the call until the first token's value was on the host.
         prefill_time (float): the part of `ttft` in which the prompt cache was filled (auxiliary and
             projection, or the base alone); the rest is the base's step on the last prompt token.
+        repair (Progress | None): how far the repair of the prompt cache is, if there is one.
+        repair_tps (float): tokens per second while it was repaired, the first token left out.
+        repaired_tps (float): tokens per second since it is exact; 0 before.
     """
 
     ttft: float = 0.0
     prefill_time: float = 0.0
+    repair: Progress | None = None
+    repair_tps: float = 0.0
+    repaired_tps: float = 0.0
 
 
 def stream_generate(
@@ -39,6 +46,9 @@ def stream_generate(
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     draft_model: nn.Module | None = None,
+    *,
+    repair: bool = False,
+    repair_budget: float = BUDGET,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """mlx-lm's `stream_generate`: the same arguments, the same tokens, responses with `ttft`.
@@ -46,8 +56,12 @@ def stream_generate(
     It knows the whole prompt, so unlike mlx-lm's it predicts a pair's prompt whatever the
     `prefill_step_size` is, and honours `max_kv_size`, which mlx-lm ignores for models that make their cache.
 
+    Args:
+        repair: recompute the prompt exactly behind the first token (see `RepairingModel`).
+        repair_budget: the share of each token's time that the repair may take, on average.
+
     Raises:
-        ValueError: the prompt is empty, or has token ids outside the vocabulary.
+        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired.
     """
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
@@ -55,11 +69,18 @@ def stream_generate(
         kwargs["prompt_progress_callback"] = clock
         if isinstance(model, KVPredictionModel):
             announce_prompt(model, prompt.size, kwargs)
+    if repair:
+        if draft_model is not None or not isinstance(model, KVPredictionModel):
+            raise ValueError("only a pair without a draft model has a predicted cache to repair")
+        model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
+    rates = _Rates(model.progress if isinstance(model, RepairingModel) else None)
     responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
     for response in responses:
         clock.first_response()
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time)
+        yield GenerationResponse(
+            **fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **rates(response.generation_tokens)
+        )
 
 
 def generate(
@@ -83,11 +104,19 @@ def generate(
 def footer(response: GenerationResponse) -> str:
     """mlx-lm's closing lines, and the TTFT with its parts."""
     step = response.ttft - response.prefill_time
-    return (
+    lines = (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
+    )
+    if response.repair is None:
+        return lines
+    if response.repair.exact_from is None:
+        return f"{lines}\nRepair: not finished, {response.repair_tps:.3f} tokens-per-sec meanwhile"
+    return (
+        f"{lines}\nRepair: exact from generated token {response.repair.exact_from + 1} on, "
+        f"{response.repair_tps:.3f} tokens-per-sec before, {response.repaired_tps:.3f} after"
     )
 
 
@@ -97,10 +126,33 @@ def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, An
         options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
     entry, before_last = options["prompt_cache"][-1], tokens - 1
     if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
-        entry.prompt_open = True
+        entry.prompt_open, entry.announced = True, (0, before_last)
         step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
         sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))
         options["prefill_step_size"] = next(size for size in sizes if size > 1 and before_last % size != 1)
+
+
+class _Rates:
+    """Decode speed while a cache is repaired, and after."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress = progress
+        self._times: list[float] = []
+
+    def __call__(self, tokens: int) -> dict[str, Any]:
+        """The response's fields when `tokens` tokens are out."""
+        if self._progress is None:
+            return {}
+        if len(self._times) < tokens:
+            self._times.append(time.perf_counter())
+        end = self._progress.exact_from
+        split = len(self._times) if end is None else min(end + 1, len(self._times))
+        rates = {"repair_tps": _rate(self._times[:split]), "repaired_tps": _rate(self._times[split - 1 :])}
+        return {"repair": dataclasses.replace(self._progress), **rates}
+
+
+def _rate(times: list[float]) -> float:
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
 
 
 class _FirstToken:

@@ -109,6 +109,8 @@ def pair_config(model: KVPredictionModel) -> dict[str, Any]:
         "source": model.predictor.source,
         "min_prompt_tokens": model.min_prompt_tokens,
     }
+    if model.exact_positions:
+        config["exact_positions"] = model.exact_positions.as_dict()
     return config | quantization_config(model)
 
 

@@ -18,7 +18,10 @@ from mlx_lm.utils import _get_classes
 from kvpred_mlx import cpu_prefill
 from kvpred_mlx._registration import announce
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.exact import ExactPositions, prefill
+from kvpred_mlx.importance import Importance
 from kvpred_mlx.predictor import Predictor
+from kvpred_mlx.rows import ExactRows
 from kvpred_mlx.sites import KV
 from kvpred_mlx.sources import Features, check_source, feature_widths, layers_read, record
 from kvpred_mlx.taps import KVTaps
@@ -43,6 +46,8 @@ class KVPredictionModel(nn.Module):
         min_prompt_tokens: a call with fewer tokens runs the base alone, unless it continues a prompt
             whose earlier chunk was predicted.  In a batch the longest row counts.  A chunk of one token
             cannot be told from a prompt's last token and is always exact.
+        exact_positions: which of a prompt's positions the base computes exactly (None: the last token only); may
+            be set at any time.
 
     Raises:
         UnsupportedModelError: if a model cannot be tapped; names the family and the reason.
@@ -55,11 +60,13 @@ class KVPredictionModel(nn.Module):
         auxiliary: nn.Module,
         predictor: Predictor,
         min_prompt_tokens: int = MIN_PROMPT_TOKENS,
+        exact_positions: ExactPositions | None = None,
     ):
         super().__init__()
         self._set_taps(KVTaps(base), KVTaps(auxiliary), predictor)
         self.min_prompt_tokens = min_prompt_tokens
         self.exact = False
+        self.exact_positions = exact_positions
         self.model_type = "kvpred"
 
     def _set_taps(self, base: KVTaps, auxiliary: KVTaps, predictor: Predictor) -> None:
@@ -67,6 +74,7 @@ class KVPredictionModel(nn.Module):
         self.base, self.auxiliary, self.predictor = base.model, auxiliary.model, predictor
         self.base_taps, self.auxiliary_taps = base, auxiliary
         self._depth = auxiliary.depth(layers_read(predictor.source, predictor.layer_map, auxiliary))
+        self.rows, self.importance = ExactRows(base), Importance(auxiliary.model)
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, *, exact: bool | None = None
@@ -88,6 +96,8 @@ class KVPredictionModel(nn.Module):
         is_prompt = inputs.shape[1] >= self.min_prompt_tokens or entry.prompt_open
         if exact or inputs.shape[1] == 1 or not is_prompt:
             return self._decode(inputs, base_cache, entry)
+        if self.exact_positions:
+            return prefill(self, self.exact_positions, inputs, base_cache, entry)
         return self._prefill(inputs, base_cache, entry)
 
     def auxiliary_features(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[Features]:
@@ -163,6 +173,10 @@ class KVPredictionModel(nn.Module):
             logits = self.base(again, cache=base_cache)[:, redo:]
         else:
             logits = self.base(inputs, cache=base_cache)
+        return self.logged(logits, inputs, entry)
+
+    def logged(self, logits: mx.array, inputs: mx.array, entry: AuxiliaryCache) -> mx.array:
+        """`logits`, once `inputs` [B, L] are logged as decoded."""
         entry.close_prompt()
         entry.provisional = 0
         # Tied to the logits, so that the log is evaluated step by step and not as one long graph.
@@ -194,6 +208,7 @@ class ModelArgs(BaseModelArgs):
     layer_map: list[int]
     min_prompt_tokens: int = MIN_PROMPT_TOKENS
     source: str = "kv"
+    exact_positions: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         kinds = {"base": dict, "auxiliary": dict, "layer_map": list, "min_prompt_tokens": int, "source": str}
@@ -207,9 +222,17 @@ class ModelArgs(BaseModelArgs):
             for n in ("base", "auxiliary")
             if "model_type" not in (getattr(self, n) or {})
         ]
+        try:
+            self.dial()
+        except (TypeError, ValueError) as error:
+            wrong.append(f"exact_positions is {self.exact_positions!r}: {error}")
         if wrong:
             raise ValueError("config.json: " + "; ".join(wrong))
         check_source(self.source)
+
+    def dial(self) -> ExactPositions | None:
+        """The pair's default of `KVPredictionModel.exact_positions`."""
+        return None if self.exact_positions is None else ExactPositions(**self.exact_positions)
 
 
 class Model(KVPredictionModel):
@@ -223,6 +246,7 @@ class Model(KVPredictionModel):
         self._set_taps(base, auxiliary, predictor)
         self.args, self.model_type = args, args.model_type
         self.min_prompt_tokens, self.exact = args.min_prompt_tokens, False
+        self.exact_positions = args.dial()
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

@@ -14,6 +14,7 @@ from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.fit import fit
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
+from kvpred_mlx.cli.pareto import pareto
 from kvpred_mlx.cli.quality import quality
 from kvpred_mlx.cli.train import train
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(pareto)
 app.command()(convert)
 app.command()(fit)
 app.command()(train)

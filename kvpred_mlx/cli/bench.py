@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from kvpred_mlx.bench.run import Results, Settings
     from kvpred_mlx.model import KVPredictionModel
 
@@ -52,12 +56,15 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random prompts and weights.")] = 0,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two results.json: the change of every ratio.")
     ] = None,
 ) -> None:
     """Measure how much sooner the first token comes than with a full base prefill."""
-    _check_installed()
+    check_installed()
     if compare is not None:
         return _compare(*compare)
     if preset == "list":
@@ -67,7 +74,8 @@ def bench(
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
     batches = numbers("--batch-sizes", batch_sizes or ["1"], 1)
     steps = numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
-    _set_device(device)
+    exact_positions = dial(exact_first, exact_last, exact_top, None)
+    set_device(device)
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
 
@@ -76,11 +84,13 @@ def bench(
     from kvpred_mlx.bench.run import bench as run_bench
 
     settings = Settings(lengths, batches, trials, max_tokens, steps, seed)
-    name, path = _name(model, preset)
+    name, path = name_and_path(model, preset)
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
     check_new(folder)
     notes = [] if path is None else _check_context(path, lengths, model is None)
     pair, prompt = _load(path, preset, dtype, settings, prompt_file)
+    if exact_positions is not None:
+        set_dial(pair, dial(exact_first, exact_last, exact_top, pair.exact_positions))
     results: Results = {}
 
     def finished(so_far: Results) -> None:
@@ -135,27 +145,13 @@ def _with_progress(
 def _load(
     path: Path | None, preset: str | None, dtype: str | None, settings: Settings, prompt_file: Path | None
 ) -> tuple[KVPredictionModel, list[int] | None]:
-    import mlx.core as mx
-
+    if path is None and prompt_file is not None:
+        raise typer.BadParameter(
+            "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
+        )
     longest = max(settings.prompt_lens)
-    if path is None:
-        from kvpred_mlx.bench.presets import build_preset
-        from kvpred_mlx.cpu_prefill import on_cpu
-
-        if prompt_file is not None:
-            raise typer.BadParameter(
-                "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
-            )
-        default = "float32" if on_cpu() else "bfloat16"
-        return build_preset(preset or "", getattr(mx, dtype or default), settings.seed), None
-
-    from kvpred_mlx.loading import load
-
     text = _read_text(prompt_file) if prompt_file else None
-    pair, tokenizer = load(path)
-    if dtype is not None:
-        pair.set_dtype(getattr(mx, dtype))
-        mx.eval(pair.parameters())
+    pair, tokenizer = load_pair(path, preset, dtype, settings.seed)
     if text is None:
         return pair, None
     if tokenizer is None:
@@ -166,6 +162,30 @@ def _load(
             f"{prompt_file} has {len(ids)} tokens, expected at least {longest}", param_hint="--prompt-file"
         )
     return pair, ids
+
+
+def load_pair(
+    path: Path | None, preset: str | None, dtype: str | None, seed: int
+) -> tuple[KVPredictionModel, TokenizerWrapper | None]:
+    """A pair and its tokenizer, or a preset's pair with random weights, in the type that was asked for."""
+    import mlx.core as mx
+
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
+    if path is None:
+        from kvpred_mlx.bench.presets import build_preset
+        from kvpred_mlx.cpu_prefill import on_cpu
+
+        default = "float32" if on_cpu() else "bfloat16"
+        return build_preset(preset or "", getattr(mx, dtype or default), seed), None
+
+    from kvpred_mlx.loading import load
+
+    pair, tokenizer = load(path)
+    if dtype is not None:
+        pair.set_dtype(getattr(mx, dtype))
+        mx.eval(pair.parameters())
+    return pair, tokenizer
 
 
 def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
@@ -192,7 +212,8 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _name(model: str | None, preset: str | None) -> tuple[str, Path | None]:
+def name_and_path(model: str | None, preset: str | None) -> tuple[str, Path | None]:
+    """What the results call the pair, and where it is; a preset is nowhere."""
     if preset is not None:
         from kvpred_mlx.bench.presets import find_preset
 
@@ -218,8 +239,8 @@ def numbers(option: str, given: list[str], least: int) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def _set_device(device: str | None) -> None:
-    """Before mlx-lm is imported: its generation stream is made for the device of that moment."""
+def set_device(device: str | None) -> None:
+    """Choose MLX's device, before mlx-lm is imported: its generation stream is made for the device of that moment."""
     if device is None:
         return
     import mlx.core as mx
@@ -267,7 +288,8 @@ def _compare(a: Path, b: Path) -> None:
     console.print(table)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Refuse to begin without the packages of the extra `bench`."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ImportError(f"the bench needs {' and '.join(missing)}: pip install 'kvpred-mlx[bench]'")

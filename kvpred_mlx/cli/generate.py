@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation import GenerationResponse
@@ -45,12 +48,28 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="The base alone, without prediction, to compare.")
     ] = False,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Recompute the prompt exactly behind the first token.")
+    ] = False,
+    repair_budget: Annotated[
+        float, typer.Option(help="The share of each token's time that the repair may take, 0 to 1.")
+    ] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
     text = _read_prompt(prompt)
     if kv_bits not in (None, 2, 3, 4, 6, 8):
         raise typer.BadParameter(f"{kv_bits}, expected 2, 3, 4, 6 or 8", param_hint="--kv-bits")
+    if not 0 < repair_budget <= 1:
+        raise typer.BadParameter(
+            f"{repair_budget:g}, expected a share above 0 and up to 1", param_hint="--repair-budget"
+        )
+    dial(
+        exact_first, exact_last, exact_top, None
+    )  # what is wrong with them is said before anything is loaded
     from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     if model is None:
@@ -64,6 +83,7 @@ def generate(
     for token in extra_eos_token or []:
         tokenizer.add_eos_token(token)
     pair.exact = exact
+    set_dial(pair, dial(exact_first, exact_last, exact_top, pair.exact_positions))
     ids = _encode(tokenizer, text, system_prompt, ignore_chat_template)
     context = context_length(read_config(path))
     if context is not None and len(ids) >= context:
@@ -90,8 +110,10 @@ def generate(
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
+        repair=repair,
+        repair_budget=repair_budget,
     )
-    (_print_json if as_json else _print_text)(responses, str(path), exact)
+    (_print_json if as_json else _print_text)(responses, str(path), pair)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -124,7 +146,7 @@ def _encode(tokenizer: Any, text: str, system_prompt: str | None, ignore_chat_te
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
-def _print_text(responses: Any, path: str, exact: bool) -> None:
+def _print_text(responses: Any, path: str, pair: Any) -> None:
     from kvpred_mlx.generation import footer
 
     print("=" * 10)
@@ -139,7 +161,7 @@ def _print_text(responses: Any, path: str, exact: bool) -> None:
         print(f"\n{'=' * 10}\n{footer(response)}")
 
 
-def _print_json(responses: Any, path: str, exact: bool) -> None:
+def _print_json(responses: Any, path: str, pair: Any) -> None:
     received = list(responses)
     last = received[-1]
     fields = (
@@ -154,8 +176,12 @@ def _print_json(responses: Any, path: str, exact: bool) -> None:
     )
     result = {
         "model": str(Path(path)),
-        "mode": "exact" if exact else "predicted",
+        "mode": "exact" if pair.exact else "predicted",
+        "exact_positions": pair.exact_positions.as_dict() if pair.exact_positions else None,
         "text": "".join(r.text for r in received),
         **{name: getattr(last, name) for name in fields},
     }
+    if last.repair is not None:
+        rates = {name: getattr(last, name) for name in ("repair_tps", "repaired_tps")}
+        result["repair"] = dataclasses.asdict(last.repair) | rates
     print(json.dumps(result, ensure_ascii=False))

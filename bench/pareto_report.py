@@ -1,0 +1,156 @@
+"""The Pareto front for people and programs: table, Markdown, CSV, and the files on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kvpred_mlx.bench.pareto import KIND, SCHEMA, SHOWN, Cell, Results, label
+from kvpred_mlx.bench.results import write_file
+
+FIGURES = {
+    "agreement": "agreement",
+    "first_token_agreement": "first token",
+    "recall": "recall",
+    "retention": "retention",
+}
+
+
+def write(folder: Path, results: Results, plot: bool) -> None:
+    """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png`."""
+    drawable = plot and any(c["flops"] for c in results["cells"])
+    if drawable and find_spec("matplotlib") is None:
+        note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
+        results["warnings"] += [note] if note not in results["warnings"] else []
+        drawable = False
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
+    if drawable and any(c["ttft"] or c["quality"] for c in results["cells"]):
+        from kvpred_mlx.bench.pareto_plot import plot as draw
+
+        write_file(folder / "pareto.png", lambda path: draw(results, path))
+
+
+def read(path: Path) -> Results:
+    """Read a front's `results.json`.
+
+    Raises:
+        ValueError: it is not one, or of another schema.
+        OSError: it cannot be read.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    given = (results.get("kind"), results.get("schema")) if isinstance(results, dict) else (None, None)
+    if given != (KIND, SCHEMA):
+        raise ValueError(
+            f"{path}: {given[0]!r} of schema {given[1]!r}, expected {KIND!r} of schema {SCHEMA} "
+            "(a results.json of kvpred-mlx pareto)"
+        )
+    return results
+
+
+def table(results: Results) -> Table:
+    """One row for each cell."""
+    title = f"{results['pair']['name']}: quality against TTFT"
+    caption = "fewer FLOPs and sooner: against the base alone; 95 % intervals in parentheses"
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    made.add_column("tokens", justify="right", no_wrap=True)
+    made.add_column("method", no_wrap=True)
+    for name in ("fewer FLOPs", "sooner", *FIGURES.values()):
+        made.add_column(name, justify="right")
+    last = None
+    for cell in results["cells"]:
+        if last not in (None, cell["prompt_tokens"]):
+            made.add_section()
+        last = cell["prompt_tokens"]
+        made.add_row(str(last), label(cell), *_values(results, cell))
+    return made
+
+
+def markdown(results: Results) -> str:
+    """The same as a Markdown table."""
+    lines = [
+        "| " + " | ".join(["Prompt", "Method", "Fewer FLOPs", "Times sooner", *map(str.capitalize, FIGURES.values())])
+        + " |",
+        "| --- | --- |" + " --- |" * (2 + len(FIGURES)),
+    ]  # fmt: skip
+    lines += [
+        f"| {c['prompt_tokens']} | {label(c)} | " + " | ".join(_values(results, c)) + " |"
+        for c in results["cells"]
+        if c["skipped"] is None
+    ]
+    return "\n".join(lines)
+
+
+def remarks(results: Results) -> list[str]:
+    """Warnings, cells that the pair cannot do, and whether the run was cut short; one line each."""
+    lines = [f"warning: {text}" for text in results["warnings"]]
+    lines += sorted({f"skipped: {c['method']}: {c['skipped']}" for c in results["cells"] if c["skipped"]})
+    return lines if results["complete"] else [*lines, "interrupted: the same command goes on from here"]
+
+
+def csv_text(results: Results) -> str:
+    """One row for each cell."""
+    out = io.StringIO()
+    rows = list(_csv_rows(results))
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def figure(cell: Cell, name: str) -> dict[str, float] | None:
+    """Mean, low and high of one of `FIGURES` (or of `SHOWN`), if the cell has it."""
+    if name == "recall":
+        return cell["recall"] and cell["recall"]["all"]
+    return cell["quality"] and cell["quality"][name]
+
+
+def exact_cell(results: Results, prompt_tokens: int) -> Cell:
+    """The base alone at that length."""
+    return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
+
+
+def _values(results: Results, cell: Cell) -> Iterator[str]:
+    if cell["skipped"]:
+        yield from ["skipped", *[""] * (1 + len(FIGURES))]
+        return
+    yield f"{exact_cell(results, cell['prompt_tokens'])['flops'] / cell['flops']:.2f}"
+    yield _interval(cell["sooner"], "median", "{:.2f}")
+    for name in FIGURES:
+        yield _interval(figure(cell, name), "mean", "{:.3f}")
+
+
+def _interval(found: dict[str, float] | None, middle: str, form: str) -> str:
+    if found is None:
+        return ""
+    show: Callable[[float], str] = form.format
+    return f"{show(found[middle])} ({show(found['low'])} to {show(found['high'])})"
+
+
+def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
+    for cell in results["cells"]:
+        row = {"pair": results["pair"]["name"]}
+        row |= {
+            name: cell[name] for name in ("prompt_tokens", "method", "budget", "flops", "ttft", "skipped")
+        }
+        for name, found in (
+            ("sooner", cell["sooner"]),
+            *((name, figure(cell, name)) for name in (*SHOWN, "recall")),
+        ):
+            middle = "median" if name == "sooner" else "mean"
+            row |= {
+                f"{name}{end}": found and found[key]
+                for end, key in (("", middle), ("_low", "low"), ("_high", "high"))
+            }
+        yield row

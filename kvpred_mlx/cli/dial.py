@@ -1,0 +1,72 @@
+"""The dial's options, for every command that has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvpred_mlx.exact import ExactPositions
+    from kvpred_mlx.model import KVPredictionModel
+
+ExactFirst = Annotated[
+    int | None,
+    typer.Option("--exact-first", min=0, help="The prompt's first tokens that the base computes exactly."),
+]
+ExactLast = Annotated[
+    str | None,
+    typer.Option(
+        "--exact-last",
+        metavar="N|FRACTION",
+        help="The prompt's end that the base computes exactly: 16, or 0.1.",
+    ),
+]
+ExactTop = Annotated[
+    float | None,
+    typer.Option(
+        "--exact-top",
+        min=0,
+        max=1,
+        metavar="FRACTION",
+        help="Tokens that the base computes exactly because the auxiliary attends to them, as a share.",
+    ),
+]
+
+
+def dial(
+    first: int | None, last: str | None, top: float | None, default: ExactPositions | None
+) -> ExactPositions | None:
+    """The exact positions of a command: each option that was given in the place of the pair's own setting."""
+    from kvpred_mlx.exact import ExactPositions
+
+    given: dict[str, Any] = {"first": first, "last": None if last is None else _count(last), "top": top}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(default or ExactPositions(), **changes) if changes else default
+
+
+def set_dial(pair: KVPredictionModel, exact_positions: ExactPositions | None) -> None:
+    """Turn a pair's dial; that its base cannot do it is said now, and not in the middle of a prompt.
+
+    Raises:
+        UnsupportedModelError: the pair's families cannot choose or compute the top positions.
+    """
+    pair.exact_positions = exact_positions
+    if exact_positions and exact_positions.top:
+        pair.rows.check()
+        pair.importance.check()
+
+
+def _count(text: str) -> int | float:
+    """`16` is a number of tokens; `0.1` and `1.0` are fractions."""
+    try:
+        number = int(text) if text.strip().isascii() and text.strip().isdigit() else float(text)
+    except ValueError:
+        number = -1
+    if not number >= 0 or (isinstance(number, float) and number > 1):
+        raise typer.BadParameter(
+            f"{text!r}, expected a number of tokens such as 16, or a fraction such as 0.1",
+            param_hint="--exact-last",
+        )
+    return number

@@ -1,0 +1,199 @@
+"""`kvpred-mlx pareto`: quality against TTFT, for the dial and for what people use today."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
+
+if TYPE_CHECKING:
+    from kvpred_mlx.bench.pareto import Data, Results, Settings
+    from kvpred_mlx.model import KVPredictionModel
+
+
+def pareto(
+    pair: Annotated[
+        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Held-out text: a file of text or JSONL, or a directory of such files."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published pair's shapes with random weights: FLOPs and TTFT only.")
+    ] = None,
+    prompt_lens: Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 256,512.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Methods, by name; 'list' shows them. Default: all.")
+    ] = None,
+    budgets: Annotated[list[str] | None, typer.Option(help="Shares of the prompt, 0.05,0.1,0.2,0.4.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Prompts of real text, at most.")] = 160,
+    score_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 64,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Recall questions of each kind at each depth; 0: none.")
+    ] = 10,
+    trials: Annotated[int, typer.Option(min=1, help="Timed first tokens of each method and budget.")] = 5,
+    all_documents: Annotated[
+        bool,
+        typer.Option(
+            "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
+        ),
+    ] = False,
+    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
+        ),
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's own choice.")] = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for results; an interrupted run goes on from what is there.")
+    ] = Path("pareto-results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
+) -> None:
+    """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
+    check_installed()
+    names = _methods(methods)
+    if names is None:
+        return
+    if (data is None) == (preset is None):
+        raise typer.BadParameter("expected one of the two", param_hint="--data or --preset")
+    if preset is not None and pair is not None:
+        raise typer.BadParameter("given with PAIR, expected one of the two", param_hint="--preset")
+    lengths = numbers("--prompt-lens", prompt_lens or ["256,512"], 2)
+    shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
+    set_device(device)
+
+    from kvpred_mlx.bench.pareto import Settings
+    from kvpred_mlx.bench.pareto_report import read, write
+
+    settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
+    there = output_dir / "results.json"
+    before = read(there) if there.exists() else None
+    documents = [] if data is None else _read_documents(data, text_key, all_documents)
+    model, name, held_out = _load(pair, preset, dtype, documents, settings)
+    if dequantize:
+        _dequantize(model)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results: Results = {}
+
+    def finished(so_far: Results) -> None:
+        results.update(so_far)
+        write(output_dir, results, plot=not no_plot)
+
+    try:
+        _with_progress(model, name, settings, held_out, before, finished)
+    finally:
+        if results:
+            _show(results, output_dir, as_json)
+
+
+def _methods(given: list[str] | None) -> list[str] | None:
+    """The methods by name; None if they were only to be listed."""
+    from kvpred_mlx.bench.baselines import METHODS
+
+    names = [word.strip() for text in given or [",".join(METHODS)] for word in text.split(",")]
+    if names == ["list"]:
+        for name, method in METHODS.items():
+            print(f"{name:12} {method.title}")
+        return None
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise typer.BadParameter(
+            f"{', '.join(map(repr, unknown))}, expected some of {', '.join(METHODS)}", param_hint="--methods"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _shares(given: list[str]) -> list[float]:
+    words = [word.strip() for text in given for word in text.split(",")]
+    try:
+        shares = [float(word) for word in words]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise typer.BadParameter(
+            f"{', '.join(map(repr, words))}, expected shares above 0 and up to 1, such as 0.05,0.1",
+            param_hint="--budgets",
+        )
+    return list(dict.fromkeys(shares))
+
+
+def _load(
+    pair: str | None,
+    preset: str | None,
+    dtype: str | None,
+    documents: list[str],
+    settings: Settings,
+) -> tuple[KVPredictionModel, str, Data | None]:
+    from kvpred_mlx.bench.pareto import Data
+
+    name, path = name_and_path(pair, preset)
+    model, tokenizer = load_pair(path, preset, dtype, settings.seed)
+    if not documents:
+        return model, name, None
+    if tokenizer is None:
+        raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
+    return model, name, Data(tokenizer, documents, ids)
+
+
+def _dequantize(model: KVPredictionModel) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model
+
+    for part in (model.base, model.auxiliary, model.predictor):
+        dequantize_model(part)
+    mx.eval(model.parameters())
+
+
+def _read_documents(data: Path, text_key: str, all_documents: bool) -> list[str]:
+    """As `kvpred-mlx quality`: what `fit` and `train` hold out, or everything."""
+    from kvpred_mlx.cli.making import read_data
+
+    training, held_out = read_data(data, text_key)
+    chosen = held_out + (training if all_documents and training is not held_out else [])
+    if not chosen:
+        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
+    return chosen
+
+
+def _with_progress(
+    model: KVPredictionModel, name: str, settings: Settings, data: Data | None, before: Results | None, finished: Any
+) -> None:  # fmt: skip
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from kvpred_mlx.bench.pareto import pareto as run
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("counting FLOPs", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        run(model, name, settings, data, before, progress, finished)
+        bar.update(task, completed=1, total=1, description="done")
+
+
+def _show(results: Results, folder: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from kvpred_mlx.bench.pareto_report import remarks, table
+
+    if as_json:
+        print(json.dumps(results))
+    else:
+        Console().print(table(results))
+    for line in remarks(results):
+        print(line, file=sys.stderr)
+    print(f"results: {folder}", file=sys.stderr)

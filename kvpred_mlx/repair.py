@@ -1,0 +1,158 @@
+"""Repair behind the first token: the base recomputes the prompt exactly while it already answers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.model import KVPredictionModel
+
+BUDGET = 0.3
+FIRST_SLICE = 16  # tokens; then as many as take two to four decode steps
+LARGEST_SLICE = 512
+
+
+@dataclass
+class Progress:
+    """How far a repair is.
+
+    Args:
+        exact_from: the generated token (from 0) that is the first to come from an exact cache; None before.
+        seconds: that the repair took, all slices together.
+        slices: how many there were.
+    """
+
+    exact_from: int | None = None
+    seconds: float = 0.0
+    slices: int = 0
+
+
+class RepairingModel(nn.Module):
+    """A pair that makes its cache exact while it decodes; mlx-lm's generation takes it as a model.
+
+    Between decode steps the base reads the prompt, slice by slice, into a second cache, then the tokens that were
+    generated meanwhile: their entries were computed from predicted ones.  Once it has caught up the second cache
+    takes the first one's place in `cache`, and every later token is what the exact base gives for that prefix.
+    Until then the first cache is whole: an interrupted generation leaves it as if there had been no repair.
+
+    Not a moment before the first token is out is spent on it.  One prompt at a time, batch size 1.
+
+    Args:
+        pair: predicts and decodes.
+        budget: the share of time that the repair may take of each token's, on average; 1 reads a slice with every token.
+        max_kv_size: as in `KVPredictionModel.make_cache`.
+
+    Raises:
+        ValueError: the budget is not a share.
+    """
+
+    def __init__(self, pair: KVPredictionModel, budget: float = BUDGET, max_kv_size: int | None = None):
+        super().__init__()
+        if not 0 < budget <= 1:
+            raise ValueError(f"the repair budget is {budget!r}, expected a share of time above 0 and up to 1")
+        self.pair = pair
+        self.progress = Progress()
+        self._work = _Work(pair, budget, max_kv_size)
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        work, entry = self._work, cache[-1]
+        if inputs.shape[1] > 1:
+            work.start(cache)
+            return self.pair(inputs, cache=cache)
+        if not work.steps:
+            work.needed = isinstance(entry, AuxiliaryCache) and entry.prompt_open and not self.pair.exact
+        work.steps += 1
+        # mlx-lm asks for the second token before it hands out the first: the third call is the first one after that.
+        if not work.needed or work.steps < 3 or not work.affordable(inputs):
+            logits = self.pair(inputs, cache=cache)
+        elif work.lag(entry) > work.slice:
+            work.read(entry, self.progress)
+            logits = self.pair(inputs, cache=cache)
+        else:
+            logits = work.finish(inputs, cache, self.progress)
+        if self.progress.exact_from is not None:
+            entry.exact_tokens = entry.size()
+        return logits
+
+    @property
+    def layers(self) -> list[Any]:
+        """The pair's."""
+        return self.pair.layers
+
+    def make_cache(self) -> list[Any]:
+        """The pair's."""
+        return self.pair.make_cache()
+
+
+class _Work:
+    """The second cache, and the accounts: seconds earned by decoding, seconds spent on repair."""
+
+    def __init__(self, pair: KVPredictionModel, budget: float, max_kv_size: int | None):
+        self._pair, self._max_kv_size = pair, max_kv_size
+        self._per_second = budget / max(1 - budget, 1e-9)  # seconds earned by a second of decoding
+        self._cache: list[Any] | None = None
+        self._read = self.steps = 0
+        self._credit = self._step = 0.0
+        self._since: float | None = None
+        self.needed, self.slice = False, FIRST_SLICE
+
+    def start(self, cache: list[Any]) -> None:
+        """Before a prompt's first call: what earlier turns left exact need not be read again."""
+        if self._cache is not None:
+            return
+        exact = getattr(cache[-1], "exact_tokens", 0)
+        self._cache = make_prompt_cache(self._pair.base, self._max_kv_size)
+        if exact and can_trim_prompt_cache(cache[:-1]):
+            self._cache = copy.deepcopy(cache[:-1])
+            trim_prompt_cache(self._cache, cache[-1].size() - exact)
+            self._read = exact
+
+    def lag(self, entry: AuxiliaryCache) -> int:
+        """Tokens that the first cache has and the second has not."""
+        return entry.size() - self._read
+
+    def affordable(self, inputs: mx.array) -> bool:
+        """Whether decoding has earned another slice."""
+        mx.eval(inputs)  # the step before is done: its time counts as decoding
+        now = time.perf_counter()
+        if self._since is not None:
+            self._step = now - self._since
+            self._credit += self._step * self._per_second
+        self._since = now
+        return self._credit > 0
+
+    def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
+        """The next slice."""
+        assert self._cache is not None and self._since is not None
+        tokens = entry.tail(self.lag(entry))[:, : self.slice]
+        self._pair.base(tokens, cache=self._cache)
+        mx.eval([c.state for c in self._cache])
+        self._read += tokens.shape[1]
+        now = time.perf_counter()
+        spent = now - self._since
+        self._credit -= spent
+        self._since = now
+        progress.seconds += spent
+        progress.slices += 1
+        if spent > 4 * self._step:
+            self.slice = max(1, self.slice // 2)
+        elif spent < 2 * self._step:
+            self.slice = min(LARGEST_SLICE, self.slice * 2)
+
+    def finish(self, inputs: mx.array, cache: list[Any], progress: Progress) -> mx.array:
+        """The last slice and the decode step in one; from here on the second cache is the cache."""
+        assert self._cache is not None
+        entry: AuxiliaryCache = cache[-1]
+        rest = mx.concatenate([entry.tail(self.lag(entry)).astype(inputs.dtype), inputs], axis=1)
+        logits = self._pair.base(rest, cache=self._cache)[:, -1:]
+        cache[:-1] = self._cache
+        self.needed = False
+        progress.exact_from = self.steps - 1
+        return self._pair.logged(logits, inputs, entry)

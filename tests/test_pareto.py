@@ -1,0 +1,196 @@
+"""The Pareto harness: what it measures, how it goes on after an interruption, what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import fails
+from pairs import make_pair
+
+from kvpred_mlx import load
+from kvpred_mlx.bench import pareto as module
+from kvpred_mlx.bench import pareto_report, recall_score
+from kvpred_mlx.bench.pareto import Data, Settings, pareto
+from kvpred_mlx.bench.recall import Question
+from kvpred_mlx.cli.pareto import _dequantize
+from kvpred_mlx.loading import DEMO_PAIR
+
+TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
+SETTINGS = Settings(
+    [96, 128], ["predicted", "dial-last", "dial-both", "sparse-top"], [0.1], windows=4, score_tokens=8,
+    questions=1, trials=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo_pair():
+    """The bundled pair without its quantization, which MLX's CPU backend is slow at."""
+    model, tokenizer = load(DEMO_PAIR)
+    _dequantize(model)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(demo_pair):
+    tokenizer = demo_pair[1]
+    return Data(tokenizer, [TEXT], [tokenizer.encode(TEXT, add_special_tokens=False)])
+
+
+@pytest.fixture(scope="module")
+def front(demo_pair, data):
+    return pareto(demo_pair[0], "pycode", SETTINGS, data)
+
+
+def test_cells(front):
+    assert json.loads(json.dumps(front)) == front and front["complete"]
+    assert [module.label(c) for c in front["cells"]] == [
+        "exact", "predicted", "dial-last 0.1", "dial-both 0.1", "sparse-top 0.1",
+    ] * 2  # fmt: skip
+    for cell in front["cells"]:
+        assert cell["flops"] > 0 and cell["ttft"] > 0 and len(cell["trials"]) == 2
+        assert cell["sooner"]["low"] <= cell["sooner"]["median"] <= cell["sooner"]["high"]
+        assert {*cell["quality"]} == {*module.SHOWN} and 0 <= cell["recall"]["all"]["mean"] <= 1
+        if cell["method"] == "exact":
+            assert cell["quality"]["agreement"]["mean"] == cell["quality"]["retention"]["mean"] == 1
+            assert cell["sooner"]["median"] == 1
+
+
+def test_every_name_in_the_schema_is_documented(front):
+    page = (Path(__file__).parents[1] / "docs/dial.md").read_text(encoding="utf-8")
+    names = {*front, *front["cells"][0], *front["settings"], *front["cells"][0]["recall"]}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 7])
+def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, steps, monkeypatch):
+    kept, calls = [], []
+
+    def stop(so_far):
+        kept.append(json.dumps(so_far))
+        if len(kept) == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pareto(demo_pair[0], "pycode", SETTINGS, data, finished=stop)
+    measure = module.quality.measure
+    monkeypatch.setattr(module.quality, "measure", lambda *a, **k: calls.append(1) or measure(*a, **k))
+    before = json.loads(kept[-1])
+    assert not before["complete"]
+    found = pareto(demo_pair[0], "pycode", SETTINGS, data, before)
+    assert found["complete"] and len(calls) == 1  # the first length's text was scored before
+    for a, b in zip(found["cells"], front["cells"], strict=True):
+        assert (a["quality"], a["recall"], a["flops"]) == (b["quality"], b["recall"], b["flops"])
+
+
+def test_other_settings_do_not_go_on(demo_pair, data, front):
+    other = Settings([96, 128], ["predicted"], [0.1], windows=5)
+    with pytest.raises(
+        ValueError, match=r"the settings of the results there and now differ: .*windows 4, now 5"
+    ):
+        pareto(demo_pair[0], "pycode", other, data, front)
+    with pytest.raises(
+        ValueError, match="the pair of the results there and now differ: name 'pycode', now 'other'"
+    ):
+        pareto(demo_pair[0], "other", SETTINGS, data, front)
+
+
+def test_random_weights_are_timed_only():
+    found = pareto(
+        make_pair("gemma3_text", "qwen2"), "tiny", Settings([40], ["dial-last", "last-only"], trials=1)
+    )
+    assert [c["quality"] for c in found["cells"]] == [None] * 9
+    assert {c["method"] for c in found["cells"] if c["skipped"]} == {"last-only"}
+    assert "sliding windows" in pareto_report.remarks(found)[-1]
+
+
+def test_prompts_too_short_for_the_facts(demo_pair, data):
+    found = pareto(demo_pair[0], "pycode", Settings([40], ["exact"], windows=2, trials=1), data)
+    assert found["cells"][0]["recall"] is None and "no recall at 40 tokens" in found["warnings"][-1]
+
+
+def test_files(front, tmp_path):
+    pareto_report.write(tmp_path, front, plot=True)
+    assert pareto_report.read(tmp_path / "results.json") == front
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert (
+        len(rows) == 10 and float(rows[1]["agreement"]) == front["cells"][1]["quality"]["agreement"]["mean"]
+    )
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert pareto_report.markdown(front).count("\n") == 11
+    (tmp_path / "results.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match="expected 'pareto' of schema 1"):
+        pareto_report.read(tmp_path / "results.json")
+
+
+# Recall
+
+
+def test_recall_counts_answers_that_are_right_to_the_last_token():
+    asked = [
+        Question([1, 2, 3], [5, 6, 7], "passkey", 0.0),
+        Question([1, 2, 4], [5, 6, 8], "passkey", 1.0),
+        Question([1, 2, 3], [5, 6], "key-value", 0.5),
+    ]
+
+    class Counts:
+        """After each token, that token and one makes the next: 5, 6, 7 after a prompt that ends with 3 or 4."""
+
+        def __call__(self, inputs, cache):
+            following = mx.where(inputs < 5, 5, inputs + 1)
+            return (mx.arange(10) == following[..., None]).astype(mx.float32)
+
+    right = recall_score.recalled(lambda prompts: (Counts(), []), asked, batch_size=2)
+    assert right == [True, False, True]
+
+
+def test_recall_by_kind_and_depth(demo_pair, data):
+    asked = recall_score.questions(data.tokenizer, data.documents, 128, 2, seed=0)
+    assert len(asked) == 2 * 5 * 2 and {len(q.prompt) for q in asked} == {128}
+    found = recall_score.summary(asked, [q.kind == "passkey" and q.depth > 0.4 for q in asked])
+    assert found["all"]["mean"] == 0.3 and found["kinds"]["key-value"]["mean"] == 0
+    assert found["depths"]["passkey"]["0.5"]["mean"] == 1 and found["depths"]["passkey"]["0.0"]["high"] < 1
+
+
+# The command line
+
+
+def test_command(run, tmp_path):
+    text, out = tmp_path / "text.py", tmp_path / "out"
+    text.write_text(TEXT)
+    options = ["--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
+               "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents", "--output-dir", out]  # fmt: skip
+    code, stdout, err = run("pareto", *options)
+    assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
+    assert sorted(f.name for f in out.iterdir()) == ["pareto.png", "results.csv", "results.json"]
+    code, stdout, _ = run("pareto", *options, "--json", "--no-plot")
+    assert code == 0 and json.loads(stdout)["complete"]
+    code, _, err = run("pareto", *options, "--seed", 7)
+    assert code == 1 and "the settings of the results there and now differ: seed 0, now 7" in err
+    assert "Traceback" not in err
+
+
+def test_list_of_methods(run):
+    code, stdout, _ = run("pareto", "--methods", "list")
+    assert code == 0 and "sparse-both" in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((), ("--data", "--preset", "one of the two")),
+        (("--data", "/nowhere"), ("/nowhere",)),
+        (("--preset", "gpt-5"), ("--preset", "gpt-5")),
+        (("--preset", "gpt-5", "--data", "x"), ("one of the two",)),
+        (("--data", "x", "--methods", "magic"), ("--methods", "'magic'", "dial-last")),
+        (("--data", "x", "--budgets", "0.1,2"), ("--budgets", "'2'")),
+        (("--data", "x", "--budgets", "some"), ("--budgets", "'some'")),
+        (("--data", "x", "--prompt-lens", "0"), ("--prompt-lens", "'0'")),
+    ],
+)
+def test_bad_arguments(run, arguments, named, tmp_path):
+    code = 1 if "/nowhere" in arguments else 2
+    fails(run("pareto", "--output-dir", tmp_path / "out", *arguments), code, *named)

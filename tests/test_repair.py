@@ -1,0 +1,179 @@
+"""Repair behind the first token."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from pairs import PAIRS, difference, make_pair, reference_cache, tokens
+
+from kvpred_mlx import ExactPositions, generation
+from kvpred_mlx import repair as module
+from kvpred_mlx.repair import RepairingModel
+
+TOLERANCE = 1e-4
+
+
+def generate(model, prompt, n, cache=None):
+    """`n` greedy tokens with mlx-lm's own `generate_step`, and the cache."""
+    pair = getattr(model, "pair", model)
+    options = {"prompt_cache": cache}
+    generation.announce_prompt(pair, prompt.size, options)
+    steps = generate_step(prompt[0], model, max_tokens=n, **options)
+    return [token for token, _ in steps], options["prompt_cache"]
+
+
+def exact_continuation(model, given, n):
+    """What the base alone gives after `given` [1, L], greedily."""
+    return [token for token, _ in generate_step(given[0], model.base, max_tokens=n)]
+
+
+def slow_clock(monkeypatch, seconds_per_call=1.0):
+    """A clock that each look moves by a second: slices and steps cost the same."""
+    ticks = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: seconds_per_call * next(ticks))
+
+
+@pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
+@pytest.mark.parametrize("dial", [None, ExactPositions(last=9)], ids=str)
+def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliary, dial):
+    pair = make_pair(base, auxiliary, exact_positions=dial)
+    model, prompt = RepairingModel(pair, budget=1), tokens(61)
+    found, cache = generate(model, prompt, 14)
+    start = model.progress.exact_from
+    assert start is not None and 2 <= start <= 8
+    fed = mx.concatenate([prompt, mx.array([found])], axis=1)
+    plain = make_prompt_cache(pair.base)
+    pair.base(fed, cache=plain)
+    assert difference(cache, [*plain, None]) < TOLERANCE
+    prefix = mx.concatenate([prompt, mx.array([found[:start]])], axis=1)
+    assert found[start:] == exact_continuation(pair, prefix, 14 - start)
+    unrepaired, other = generate(pair, prompt, 14)
+    assert found[:2] == unrepaired[:2] and difference(other, [*plain, None]) > 0.01
+
+
+def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
+    model, reads = RepairingModel(make_pair(), budget=1), []
+    read, finish = model._work.read, model._work.finish
+    monkeypatch.setattr(model._work, "read", lambda *a: (reads.append(len(out)), read(*a)))
+    monkeypatch.setattr(model._work, "finish", lambda *a: (reads.append(len(out)), finish(*a))[1])
+    out, options = [], {}
+    generation.announce_prompt(model.pair, 80, options)
+    for token, _ in generate_step(tokens(80)[0], model, max_tokens=10, **options):
+        out.append(token)
+    assert reads and min(reads) >= 1
+
+
+@pytest.mark.parametrize(("budget", "share"), [(0.5, 0.5), (0.25, 0.25), (0.1, 0.1)])
+def test_the_budget_bounds_the_share_of_time(monkeypatch, budget, share):
+    slow_clock(monkeypatch)
+    model = RepairingModel(make_pair(), budget)
+    generate(model, tokens(200), 40)
+    work = model._work
+    spent = model.progress.seconds
+    assert model.progress.slices and spent <= share * (work.steps + spent) + 1
+
+
+def test_a_slow_slice_makes_the_next_one_smaller(monkeypatch):
+    times = iter([0, 1, 2, 12, 13, 14, 24, 25, 26, 27])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    model = RepairingModel(make_pair(), budget=1)
+    cache = model.make_cache()
+    model(tokens(300), cache=cache)
+    work, sizes = model._work, []
+    work.affordable(tokens(1))
+    for _ in range(2):
+        assert work.affordable(tokens(1))
+        work._since = next(times)
+        work.read(cache[-1], model.progress)
+        sizes.append(work.slice)
+    assert sizes == [8, 4]
+
+
+def test_a_second_turn_reads_only_what_is_not_exact_yet():
+    pair = make_pair()
+    _, cache = generate(RepairingModel(pair, budget=1), tokens(50, 1), 12)
+    assert cache[-1].exact_tokens == cache[-1].size() == 62
+    model, second = RepairingModel(pair, budget=1), tokens(45, 2)
+    logged = cache[-1].tail(62)
+    found, cache = generate(model, second, 12, cache)
+    everything = mx.concatenate([logged, second, mx.array([found])], axis=1)
+    assert difference(cache, reference_cache(pair, [("exact", everything)])) < TOLERANCE
+    assert model.progress.slices <= 3  # 45 tokens and a few, in slices of 16
+
+
+def test_what_is_exact_already_is_not_repaired():
+    for settings in ({"exact": True}, {"min_prompt_tokens": 500}):
+        model = RepairingModel(make_pair(), budget=1)
+        for name, value in settings.items():
+            setattr(model.pair, name, value)
+        generate(model, tokens(60), 8)
+        assert model.progress.slices == 0 and model.progress.exact_from is None
+
+
+def test_interrupted_repair_leaves_the_predicted_cache(monkeypatch):
+    pair, prompt = make_pair(), tokens(150)
+    model, options, found = RepairingModel(pair, budget=1), {}, []
+    generation.announce_prompt(pair, 150, options)
+    base, calls = type(pair.base).__call__, []
+
+    def stop(self, inputs, cache=None, **rest):
+        if cache is not None and cache is model._work._cache:
+            calls.append(inputs.shape[1])
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        return base(self, inputs, cache=cache, **rest)
+
+    monkeypatch.setattr(type(pair.base), "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        for token, _ in generate_step(prompt[0], model, max_tokens=40, **options):
+            found.append(token)
+    cache = options["prompt_cache"]
+    fed = [("predicted", prompt[:, :-1]), ("exact", prompt[:, -1:])]
+    fed += [("exact", mx.array([[token]])) for token in found]
+    monkeypatch.undo()
+    assert difference(cache, reference_cache(pair, fed)) < TOLERANCE
+    model(tokens(40, 7), cache=cache)  # the conversation goes on
+
+
+def test_responses_and_footer(demo_pair):
+    model, tokenizer = demo_pair
+    prompt = "def add(a, b):\n    return a + b\n\n" * 12
+    *_, last = generation.stream_generate(model, tokenizer, prompt, 40, repair=True, repair_budget=1)
+    assert last.repair.exact_from and last.repair_tps > 0 and last.repaired_tps > 0
+    assert f"exact from generated token {last.repair.exact_from + 1} on" in generation.footer(last)
+    *_, last = generation.stream_generate(model, tokenizer, prompt, 6, repair=True, repair_budget=1e-9)
+    assert last.repair.exact_from is None and "Repair: not finished" in generation.footer(last)
+    *_, last = generation.stream_generate(model, tokenizer, prompt, 3)
+    assert last.repair is None and "Repair" not in generation.footer(last)
+
+
+def test_what_cannot_be_repaired(demo_pair):
+    model, tokenizer = demo_pair
+    for wrong in ({"draft_model": model.auxiliary}, {"model": model.base}):
+        arguments = {"model": model, "tokenizer": tokenizer, "prompt": "x", "repair": True} | wrong
+        with pytest.raises(ValueError, match="only a pair without a draft model"):
+            next(generation.stream_generate(**arguments))
+    for budget in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="the repair budget is"):
+            RepairingModel(model, budget)
+
+
+def test_ctrl_c_on_the_command_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from kvpred_mlx.cli import main; main()", "generate", "--repair",
+         "--repair-budget", "0.01", "-m", "400", "-p", "def add(a, b):\n    return a + b\n" * 20,
+         "--extra-eos-token", "\ufffd"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(40)  # the first tokens are out
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and b"Traceback" not in err, err
