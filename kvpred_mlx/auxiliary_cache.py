@@ -53,6 +53,20 @@ class AuxiliaryCache(CacheList):
         """What follows is not a continuation of the last prompt."""
         self.prompt_open = self.caught_up = False
 
+    def end_prompt(self) -> None:
+        """What follows is decoding for certain: a short last chunk was a prompt's, and stays predicted."""
+        self.close_prompt()
+        self.provisional = 0
+
+    def unread(self) -> mx.array:
+        """The logged tokens that the auxiliary has not read, [1, lag], of a cache of one row."""
+        return self.tail(max(0, self.lags()[0]))
+
+    def read_again(self, caches: Sequence[Any]) -> None:
+        """Give the auxiliary other caches, empty ones: it will read the whole log again."""
+        self.caches = [*caches, self.log]
+        self.caught_up = False
+
     def append(self, tokens: mx.array) -> mx.array:
         """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to."""
         ids = tokens.astype(mx.int32)[:, None, :, None]
@@ -129,7 +143,7 @@ class AuxiliaryCache(CacheList):
                 for c in self.auxiliary:
                     c.trim(ahead)
             else:  # a full window cannot be wound back: read the log again
-                self.caches = [*map(_emptied, self.auxiliary), self.log]
+                self.read_again([*map(_emptied, self.auxiliary)])
         return n
 
     def extend(self, other: AuxiliaryCache) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, DEFAULT_QUANTIZED_KV_START, generation_stream
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.draft import AuxiliaryDraft, prefill
 from kvpred_mlx.model import KVPredictionModel
 
 
@@ -27,10 +28,14 @@ class GenerationResponse(MlxLmResponse):
         ttft (float): seconds from the call until the first token's value was on the host.
         prefill_time (float): the part of `ttft` in which the prompt cache was filled (auxiliary and
             projection, or the base alone); the rest is the base's step on the last prompt token.
+        drafted (int): tokens that the pair's auxiliary drafted so far.
+        accepted (int): drafted tokens that the base accepted so far.
     """
 
     ttft: float = 0.0
     prefill_time: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def stream_generate(
@@ -46,20 +51,60 @@ def stream_generate(
     It knows the whole prompt, so unlike mlx-lm's it predicts a pair's prompt whatever the
     `prefill_step_size` is, and honours `max_kv_size`, which mlx-lm ignores for models that make their cache.
 
+    Args:
+        draft_model: a pair's own auxiliary drafts from the cache with which it predicted the prompt, so it
+            processes no prompt of its own.
+
     Raises:
-        ValueError: the prompt is empty, or has token ids outside the vocabulary.
+        ValueError: the prompt is empty, or has token ids outside the vocabulary; or a pair's auxiliary cannot
+            draft with these options (see `AuxiliaryDraft.attach`).
     """
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
-    if draft_model is None:
-        kwargs["prompt_progress_callback"] = clock
-        if isinstance(model, KVPredictionModel):
+    draft = draft_model
+    if isinstance(model, KVPredictionModel):
+        if draft is model.auxiliary:
+            draft = AuxiliaryDraft(model)
+        if draft is None or isinstance(draft, AuxiliaryDraft):
             announce_prompt(model, prompt.size, kwargs)
-    responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+    if isinstance(draft, AuxiliaryDraft):
+        responses = _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **kwargs)
+    else:
+        progress = {} if draft is not None else {"prompt_progress_callback": clock}
+        responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **kwargs, **progress)
+    accepted = 0
     for response in responses:
         clock.first_response()
+        accepted += response.from_draft
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time)
+        counts = {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
+        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **counts)
+
+
+def _drafted(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: mx.array,
+    max_tokens: int,
+    draft: AuxiliaryDraft,
+    clock: _FirstToken,
+    **options: Any,
+) -> Generator[MlxLmResponse, None, None]:
+    """mlx-lm's speculative decoding from the prompt's last token on, after the pair's own prefill.
+
+    mlx-lm would let the draft process the prompt first.
+    """
+    options = {"stream": generation_stream, "quantized_kv_start": DEFAULT_QUANTIZED_KV_START} | options
+    options |= {"num_draft_tokens": options.get("num_draft_tokens", 2)}
+    cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
+    attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
+    prefill(model, prompt[:-1], cache, clock, **options)
+    options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
+    for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
+        clock.first_response(prompt.size)
+        yield dataclasses.replace(
+            response, prompt_tokens=prompt.size, prompt_tps=prompt.size / clock.ttft
+        )
 
 
 def generate(
@@ -83,11 +128,14 @@ def generate(
 def footer(response: GenerationResponse) -> str:
     """mlx-lm's closing lines, and the TTFT with its parts."""
     step = response.ttft - response.prefill_time
+    share = response.accepted / max(1, response.drafted)
+    draft = f"\nDraft: {response.accepted} of {response.drafted} drafted tokens accepted ({share:.0%})"
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
+        f"{draft if response.drafted else ''}"
     )
 
 
@@ -119,9 +167,11 @@ class _FirstToken:
         if self._then is not None:
             self._then(processed, total)
 
-    def first_response(self) -> None:
+    def first_response(self, total: int | None = None) -> None:
         """Speculative decoding reports no progress: its first response is the first sign."""
-        if not self.ttft:
+        if not self.ttft and total is not None:
+            self(total, total)
+        elif not self.ttft:
             self.ttft = time.perf_counter() - self._start
 
 

@@ -93,9 +93,10 @@ class KVPredictionModel(nn.Module):
         """Raw keys and values of the auxiliary's layers for `tokens` [B, L], as far as the predictor reads.
 
         Args:
-            caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.
+            caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.  If they are those of all its
+                layers (it will draft), all are filled.
         """
-        if self._depth is None:
+        if self._depth is None or (caches is not None and len(caches) > self._depth[1]):
             return self._auxiliary_taps.record(tokens, list(caches) if caches is not None else None)[0]
         layers, entries = self._depth
         if caches is not None:  # layers that do not run still have their masks made from their caches
