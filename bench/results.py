@@ -24,7 +24,7 @@ def check_new(folder: Path) -> None:
     if there:
         raise FileExistsError(f"{folder} has {' and '.join(there)} already: give another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / ".results.json", lambda path: path.write_text("{}"))
+    write_file(folder / ".results.json", lambda path: path.write_text("{}"))
     (folder / ".results.json").unlink()
 
 
@@ -35,12 +35,12 @@ def write(folder: Path, results: Results, plot: bool) -> None:
         note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
         results["warnings"] += [note] if note not in results["warnings"] else []
         draw = False
-    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    _write(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
     if draw:
         from kvpred_mlx.bench.plot import plot as draw_plot
 
-        _write(folder / "ttft.png", lambda path: draw_plot(results, path))
+        write_file(folder / "ttft.png", lambda path: draw_plot(results, path))
 
 
 def read(path: Path) -> Results:
@@ -60,7 +60,8 @@ def read(path: Path) -> Results:
     return results
 
 
-def _write(path: Path, make: Callable[[Path], object]) -> None:
+def write_file(path: Path, make: Callable[[Path], object]) -> None:
+    """Let `make` write a file beside `path`, then rename it."""
     beside = path.with_name(f".{path.name}.new")
     try:
         make(beside)

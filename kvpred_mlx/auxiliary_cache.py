@@ -76,6 +76,10 @@ class AuxiliaryCache(CacheList):
         """The last `n` logged tokens, [B, n]."""
         return self.log.keys_and_values()[0][:, 0, self.log.size() - n :, 0]
 
+    def logged(self) -> list[int]:
+        """All logged tokens of a cache of one row."""
+        return [] if self.empty() else self.tail(self.size())[0].tolist()  # type: ignore[return-value]
+
     def lags(self) -> list[int]:
         """How many logged tokens the auxiliary has not read, for each row of the batch."""
         if self.caught_up:  # a padded prompt's offsets are only put right at its end

@@ -63,7 +63,7 @@ def stream_generate(
     prompt = _token_ids(model, tokenizer, prompt)
     draft = draft_model
     if isinstance(model, KVPredictionModel):
-        if draft is model.auxiliary:
+        if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft):
             draft = AuxiliaryDraft(model)
         if draft is None or isinstance(draft, AuxiliaryDraft):
             announce_prompt(model, prompt.size, kwargs)
@@ -102,9 +102,7 @@ def _drafted(
     options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
     for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
         clock.first_response(prompt.size)
-        yield dataclasses.replace(
-            response, prompt_tokens=prompt.size, prompt_tps=prompt.size / clock.ttft
-        )
+        yield dataclasses.replace(response, prompt_tokens=prompt.size, prompt_tps=prompt.size / clock.ttft)
 
 
 def generate(

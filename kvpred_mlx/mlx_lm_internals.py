@@ -49,6 +49,8 @@ USED: dict[str, dict[str, list[str] | None]] = {
         "_run_http_server": ["host", "port", "response_generator", "server_class", "handler_class"],
         "stream_generate": ["model", "tokenizer", "prompt", "max_tokens", "draft_model"],
     },
+    # server.py, cli/serve.py
+    "mlx_lm.utils": {"_parse_size": ["x"], "maybe_set_recommended_wired_limit": []},
     # cli/chat.py: the look of mlx-lm's chat
     "mlx_lm.cli_ui": {
         "ChatUI.__init__": ["self", "args"],

@@ -9,10 +9,13 @@ import traceback
 import typer
 
 from kvpred_mlx.cli.bench import bench
+from kvpred_mlx.cli.chat import chat
 from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
+from kvpred_mlx.cli.evaluate import evaluate
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
+from kvpred_mlx.cli.serve import serve
 
 app = typer.Typer(
     name="kvpred-mlx",
@@ -22,7 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(info)
 app.command()(demo)
