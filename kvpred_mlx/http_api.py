@@ -192,6 +192,9 @@ def check_types(body: dict[str, Any]) -> None:
             raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
         if name in flags and type(value) is not bool:
             raise RequestError(f"{name} is {value!r}, expected true or false", name)
+    seed = body.get("seed")
+    if type(seed) is int and not 0 <= seed < 1 << 64:
+        raise RequestError(f"seed is {seed}, expected 0 to {(1 << 64) - 1}", "seed")
     if body.get("n") not in (None, 1):
         raise RequestError(f"n is {body['n']!r}, expected 1: one choice for each request", "n")
     if body.get("adapters") is not None:

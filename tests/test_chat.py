@@ -171,7 +171,8 @@ def test_on_a_terminal_ctrl_c_interrupts_the_answer_only():
         terminal.expect("/exit")
         terminal.expect(READY)
         terminal.type("def read(path):\n")
-        terminal.expect("    ")  # the answer has begun
+        terminal.expect("(path):")
+        time.sleep(1)  # the answer has begun, and has 400 tokens to go
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.expect("interrupted")
         terminal.expect(READY)

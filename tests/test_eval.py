@@ -402,7 +402,7 @@ def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):
         (["--modes", "fast"], ["--modes", "'fast'", "exact-last"]),
         (["--num-samples", "5"], ["--num-samples", "0, or 10"]),
         (["--data", "no.jsonl"], ["--data", "no.jsonl: no such file"]),
-        (["--data", f"gsm8k={FILES['triviaqa']}"], ["--data", "triviaqa"]),
+        (["--data", f"gsm8k={FILES['triviaqa']}"], ["--data", "no such file"]),
         (["--limit", "0"], ["--limit"]),
     ],
 )

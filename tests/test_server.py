@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx_lm.server
 import openai
 import pytest
 from conftest import fails
@@ -20,6 +21,7 @@ import kvpred_mlx
 from kvpred_mlx.bench.soak import soak
 from kvpred_mlx.loading import DEMO_PAIR, context_length, read_config
 from kvpred_mlx.modes import Mode
+from kvpred_mlx.server import PairGenerator, PairPromptCache, PairProvider, Settings
 
 NAME = DEMO_PAIR.name
 CONTEXT = context_length(read_config(DEMO_PAIR))
@@ -208,7 +210,7 @@ WRONG = [
     ({"stop": [3]}, 400, "stop", "expected a string"),
     ({"stop": ""}, 400, "stop", "not empty"),
     ({"seed": "x"}, 400, None, "seed"),
-    ({"seed": -5}, 400, None, ""),
+    ({"seed": -5}, 400, "seed", "-5"),
     ({"n": 2}, 400, "n", "n is 2"),
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", "outside"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias", "'x'"),
@@ -291,7 +293,7 @@ def test_errors_are_the_client_s_own_exceptions(client):
 
 
 def test_the_answer_ends_with_the_context(client, demo_pair):
-    prompt = demo_pair[1].decode(demo_pair[1].encode(PROMPT * 40)[1 : CONTEXT - 10])
+    prompt = demo_pair[1].decode(demo_pair[1].encode(PROMPT * (CONTEXT // 20))[1 : CONTEXT - 10])
     answer = complete(client, prompt, max_tokens=100)
     assert answer.usage.total_tokens <= CONTEXT
     assert answer.choices[0].finish_reason in ("length", "stop")
@@ -303,6 +305,35 @@ def test_a_short_soak(served):
     found = soak(served[0], psutil.Process(served[1].pid), requests=24, clients=8, max_tokens=4)
     assert found["lost"] == 0
     assert found["resident_bytes_end"] > 0 and found["ttft_median"] > 0
+
+
+def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, expected):
+    generator = PairGenerator(PairProvider(*demo_pair, Settings()), PairPromptCache(4), "pair", None)
+    real, failures = mlx_lm.server.BatchGenerator.next, [RuntimeError("out of memory")]
+
+    def fails_once(batch):
+        if failures:
+            raise failures.pop()
+        return real(batch)
+
+    monkeypatch.setattr(mlx_lm.server.BatchGenerator, "next", fails_once)
+
+    def answer():
+        request = mlx_lm.server.CompletionRequest("text", PROMPT, [], None, None)
+        request.mode, request.draft, request.ttft, request.started = Mode(), None, None, time.perf_counter()
+        sampling = mlx_lm.server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1)
+        processors = mlx_lm.server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20)
+        arguments = mlx_lm.server.GenerationArguments(
+            None, sampling, processors, [], 8, 3, False, -1, None, None
+        )
+        return "".join(r.text for r in generator.generate(request, arguments)[1])
+
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            answer()
+        assert answer() == expected(PROMPT)
+    finally:
+        generator.stop_and_join()
 
 
 def test_a_port_in_use_is_one_line(run, served):

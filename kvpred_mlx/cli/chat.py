@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -122,6 +123,9 @@ def _ui(shown: Namespace) -> Any:
     from mlx_lm.cli_ui import ChatUI, print_header_panel
 
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if in_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - `input` edits lines with it, and keeps their history
 
     class PairUI(ChatUI):
         def __enter__(self) -> Self:

@@ -135,8 +135,9 @@ def _files(given: list[str], names: list[str]) -> dict[str, Path]:
     own = [name for name in names if name in TASKS]
     files: dict[str, Path] = {}
     for text in given:
-        task, _, file = text.rpartition("=")
-        task = task or (own[0] if len(own) == 1 else "")
+        task, _, file = text.partition("=")
+        if task not in TASKS:
+            task, file = own[0] if len(own) == 1 else "", text
         if task not in own:
             raise typer.BadParameter(
                 f"{text!r}, expected TASK=FILE with a task of {', '.join(own) or 'triviaqa or humaneval'}",

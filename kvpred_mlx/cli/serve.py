@@ -19,7 +19,7 @@ def serve(
         str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     allowed_origins: Annotated[str, typer.Option(help="Allowed origins, with commas between.")] = "*",
     exact: Annotated[
         bool, typer.Option("--exact", help="The base alone, where a request says nothing.")
