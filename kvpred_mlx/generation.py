@@ -61,7 +61,7 @@ def stream_generate(
     """
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
-    draft = draft_model
+    draft: Any = draft_model
     if isinstance(model, KVPredictionModel):
         if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft):
             draft = AuxiliaryDraft(model)
@@ -70,14 +70,16 @@ def stream_generate(
     if isinstance(draft, AuxiliaryDraft):
         responses = _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **kwargs)
     else:
-        progress = {} if draft is not None else {"prompt_progress_callback": clock}
+        progress: Any = {} if draft is not None else {"prompt_progress_callback": clock}
         responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **kwargs, **progress)
     accepted = 0
     for response in responses:
         clock.first_response()
         accepted += response.from_draft
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        counts = {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
+        counts: Any = (
+            {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
+        )
         yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **counts)
 
 
@@ -86,16 +88,21 @@ def _drafted(
     tokenizer: Any,
     prompt: mx.array,
     max_tokens: int,
-    draft: AuxiliaryDraft,
+    draft: Any,
     clock: _FirstToken,
     **options: Any,
 ) -> Generator[MlxLmResponse, None, None]:
-    """mlx-lm's speculative decoding from the prompt's last token on, after the pair's own prefill.
+    """mlx-lm's speculative decoding with an `AuxiliaryDraft`, from the prompt's last token on, after its prefill.
 
     mlx-lm would let the draft process the prompt first.
     """
-    options = {"stream": generation_stream, "quantized_kv_start": DEFAULT_QUANTIZED_KV_START} | options
-    options |= {"num_draft_tokens": options.get("num_draft_tokens", 2)}
+    defaults: dict[str, Any] = {
+        "stream": generation_stream,
+        "quantized_kv_start": DEFAULT_QUANTIZED_KV_START,
+        "kv_group_size": 64,
+        "num_draft_tokens": 2,
+    }
+    options = defaults | options
     cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
     attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
     prefill(model, prompt[:-1], cache, clock, **options)

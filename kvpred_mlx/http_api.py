@@ -14,7 +14,7 @@ from mlx_lm.server import APIHandler
 
 from kvpred_mlx.draft import NAME as AUXILIARY
 from kvpred_mlx.modes import Mode
-from kvpred_mlx.server import RequestError
+from kvpred_mlx.server import PairGenerator, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class PairHandler(APIHandler):
     in `_refuse`.
     """
 
+    response_generator: PairGenerator
     timeout = 120  # seconds for a client to send its request, or to take a piece of the answer
 
     def do_POST(self) -> None:
@@ -124,7 +125,7 @@ class PairHandler(APIHandler):
     def handle_models_request(self) -> None:
         """The pair and its base, or one of them by name."""
         created = self.created
-        models = [
+        models: list[dict[str, Any]] = [
             {"id": name, "object": "model", "created": created, "owned_by": "kvpred-mlx"}
             for name in (self._name, self._name + BASE)
         ]
@@ -281,7 +282,8 @@ def _unknown_model(name: str, known: str) -> RequestError:
 
 def _describe(error: Exception, path: str) -> tuple[int, dict[str, Any]]:
     """The status and the fields of an error."""
-    status, reason = 500, error
+    status = 500
+    reason: BaseException = error
     if isinstance(error, _Answered):
         status, reason = error.status, error.__context__ or _without_reason(error.status, path)
         if status == 404 and not isinstance(

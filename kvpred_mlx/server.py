@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
@@ -30,7 +31,7 @@ BACKLOG = 128  # connections that wait to be accepted; socketserver's 5 loses so
 
 
 @dataclass
-class Settings:
+class Settings(Namespace):
     """mlx-lm's server flags, with its names and defaults; mlx-lm's classes read them as their `cli_args`.
 
     Args:
@@ -82,6 +83,10 @@ class PairProvider(ModelProvider):
     caches by model.  Here the name is a mode's: so modes share neither batches nor caches.
     """
 
+    model: Any
+    model_key: Any
+    draft_model: Any
+
     def __init__(self, pair: KVPredictionModel, tokenizer: Any, settings: Settings):
         super().__init__(settings)
         self.pair, self.default_mode = pair, Mode.of(pair)
@@ -132,6 +137,9 @@ class PairGenerator(ResponseGenerator):
         context: tokens of prompt and answer together (None: no limit).
     """
 
+    model_provider: PairProvider
+    requests: _Requests
+
     def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache, name: str, context: int | None):
         self.name, self.context = name, context
         super().__init__(provider, prompt_cache)
@@ -141,7 +149,7 @@ class PairGenerator(ResponseGenerator):
         self, request: Any, generation_args: Any, progress_callback: Callable[[int, int], None] | None = None
     ) -> tuple[Any, Iterator[Any]]:
         # Models are modes here, and a draft of another mode is another model.
-        generation_args.model = ModelDescription(str(request.mode), request.draft, None)
+        generation_args.model = ModelDescription(str(request.mode), request.draft, "")
         ctx, responses = super().generate(request, generation_args, progress_callback)
         return ctx, _timed(request, responses)
 
@@ -224,7 +232,7 @@ def serve(
 
     maybe_set_recommended_wired_limit()
     # Requests that cannot be batched: the pair's own announces the prompt and drafts with the auxiliary.
-    mlx_lm.server.stream_generate = stream_generate
+    mlx_lm.server.stream_generate = stream_generate  # type: ignore[assignment]
     if settings.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     provider = PairProvider(pair, tokenizer, settings)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import fails
+from mlx_lm.utils import load_tokenizer
 
 import kvpred_mlx
 from kvpred_mlx.chat import Conversation
@@ -57,11 +58,10 @@ def test_exact_turns_are_the_base_s(demo_pair, monkeypatch):
     assert second == kvpred_mlx.generate(model, tokenizer, history, max_tokens=12)
 
 
-def test_a_chat_template_and_a_system_prompt(demo_pair, monkeypatch):
-    model, tokenizer = demo_pair
+def test_a_chat_template_and_a_system_prompt(demo_pair):
+    model = demo_pair[0]
     template = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}# assistant\n"
-    monkeypatch.setattr(tokenizer, "has_chat_template", True)
-    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template, raising=False)
+    tokenizer = load_tokenizer(DEMO_PAIR, {"chat_template": template})
     conversation = Conversation(model, tokenizer, "Be brief.")
     answer = text_of(conversation.say(LINES[0], 8))
     prompt = tokenizer.decode(conversation._cache[-1].logged())
@@ -145,16 +145,16 @@ class Terminal:
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )
         os.close(theirs)
-        self.seen = ""
+        self.seen = b""
 
     def expect(self, text, seconds=60):
         """Read until `text` has been shown since the last call."""
         until = time.monotonic() + seconds
-        while text not in self.seen:
+        while text.encode() not in self.seen:
             assert time.monotonic() < until, f"no {text!r} in {self.seen!r}"
             if select.select([self._fd], [], [], 0.5)[0]:
-                self.seen += os.read(self._fd, 4096).decode(errors="replace")
-        self.seen = self.seen.partition(text)[2]
+                self.seen += os.read(self._fd, 4096)
+        self.seen = self.seen.partition(text.encode())[2]
 
     def type(self, text):
         os.write(self._fd, text.encode())

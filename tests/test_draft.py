@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import pytest
+from conftest import fails
 from mlx_lm.models.cache import make_prompt_cache
 from pairs import PAIRS, difference, make_pair, tokens
 
 import kvpred_mlx
+from kvpred_mlx.bench.draft import measure
 from kvpred_mlx.generation import footer
 
 PROMPT = (
@@ -149,3 +153,24 @@ def test_what_cannot_draft_is_refused(demo_pair):
         run(model, tokenizer, PROMPT, draft=3, prompt_cache=make_prompt_cache(model.base))
     with pytest.raises(ValueError, match="64 tokens cannot be wound back"):
         run(model, tokenizer, PROMPT, draft=3, max_kv_size=64)
+
+
+def test_the_command_line(run):
+    plain, drafted = (
+        json.loads(run("generate", "-p", PROMPT, "-m", 12, "--json", *options)[1])
+        for options in ([], ["--draft", "auxiliary", "--num-draft-tokens", 2])
+    )
+    assert drafted["text"] == plain["text"]
+    assert drafted["drafted"] >= drafted["accepted"] > 0 == plain["drafted"]
+    out = run("generate", "-p", PROMPT, "-m", 12, "--draft", "auxiliary")[1]
+    assert "drafted tokens accepted (" in out.splitlines()[-1]
+    fails(run("generate", "-p", "x", "--draft", "gpt2"), 2, "--draft", "'gpt2', expected auxiliary")
+    fails(run("generate", "-p", "x", "--num-draft-tokens", 0), 2, "--num-draft-tokens")
+
+
+def test_the_bench(demo_pair):
+    model, tokenizer = demo_pair
+    plain, drafted = measure(model, tokenizer, tokenizer.encode(PROMPT), [2], max_tokens=8, trials=1)
+    assert plain["drafted"] == 0 < drafted["drafted"] and drafted["same_text"]
+    assert plain["times_faster"]["median"] == 1.0
+    assert drafted["decode_tokens_per_second"] > 0 and drafted["ttft"] > 0

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import huggingface_hub
@@ -15,8 +12,9 @@ import pytest
 from conftest import DATA, fails
 from huggingface_hub import HfApi, ModelCard
 
+import kvpred_mlx
 from kvpred_mlx import hub
-from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.loading import DEMO_PAIR, find_pair
 
 
 @pytest.fixture
@@ -101,42 +99,30 @@ def refusing_hub():
     server.shutdown()
 
 
-def kvpred(*arguments, **environment):
-    """The command line in a process of its own, which reads the hub's settings anew."""
-    command = [sys.executable, "-m", "kvpred_mlx", *map(str, arguments)]
-    settings = {"HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | settings, timeout=120, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_a_hub_that_refuses_is_one_line(refusing_hub, tmp_path):
+def test_a_hub_that_refuses_is_one_line(run, refusing_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", refusing_hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     golden = DATA / "golden_tiny"
     arguments = ["convert", "--checkpoint", golden / "checkpoint.pt", "--config", golden / "config.yaml"]
-    arguments += ["--mlx-path", tmp_path / "out", "--upload-repo", "someone/pair"]
-    fails(kvpred(*arguments, HF_ENDPOINT=refusing_hub), 1, "someone/pair", "hub refused")
+    fails(run(*arguments, "--mlx-path", tmp_path / "out", "--upload-repo", "someone/pair"), 1, "hub refused")
     assert not (tmp_path / "out").exists()
-    cache = {"HF_ENDPOINT": refusing_hub, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    fails(kvpred("generate", "-p", "x", "--model", "someone/pair", **cache), 1, "someone/pair", "hub")
+    fails(run("generate", "-p", "x", "--model", "someone/pair"), 1, "someone/pair", "hub")
 
 
-def test_a_pair_in_the_hub_s_cache_needs_no_network(tmp_path):
+def test_a_pair_in_the_hub_s_cache_needs_no_network(tmp_path, monkeypatch):
     """Also a revision of it; a revision that is not there is one line."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--someone--pair"
     commit = "0" * 39 + "1"
-    shutil.copytree(DEMO_PAIR, repository / "snapshots" / commit)
+    snapshot = shutil.copytree(DEMO_PAIR, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     for name in ("main", "v1"):
         (repository / "refs" / name).write_text(commit)
-    code = (
-        "import kvpred_mlx\n"
-        "for revision in (None, 'v1', '" + commit + "'):\n"
-        "    print(type(kvpred_mlx.load('someone/pair', revision=revision)[0]).__name__)\n"
-        "try: kvpred_mlx.load('someone/pair', revision='v2')\n"
-        "except FileNotFoundError as error: print(str(error).count(chr(10)), 'someone/pair' in str(error))\n"
-    )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
-    assert done.stdout == "Model\nModel\nModel\n0 True\n"
+    for revision in (None, "v1", commit):
+        assert find_pair("someone/pair", revision) == snapshot
+    assert kvpred_mlx.load("someone/pair", revision="v1", lazy=True)[1] is not None
+    with pytest.raises(FileNotFoundError, match="someone/pair") as missing:
+        kvpred_mlx.load("someone/pair", revision="v2")
+    assert "\n" not in str(missing.value)

@@ -19,7 +19,7 @@ from kvpred_mlx.bench import machine
 from kvpred_mlx.bench.evaluate import tasks
 from kvpred_mlx.bench.evaluate.journal import Journal, Record
 from kvpred_mlx.bench.evaluate.scores import AUXILIARY, summarize
-from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TASKS, TRIVIAQA, Task
+from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, PASS_K, TASKS, TRIVIAQA, Task
 from kvpred_mlx.generation import stream_generate
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.modes import Mode
@@ -53,7 +53,7 @@ class Settings:
     modes: list[str] = field(default_factory=lambda: ["exact", "predicted", AUXILIARY])
     data: dict[str, Path] = field(default_factory=dict)
     limit: int | None = None
-    num_samples: int = tasks.PASS_K
+    num_samples: int = PASS_K
     temp: float = 0.8
     top_p: float = 0.95
     max_tokens: int | None = None
@@ -212,12 +212,12 @@ def _scored(task: Task, row: dict[str, Any], answers: list[str]) -> Record:
     sampled = outcomes[1:]
     if sampled:
         passed = sum(o.passed for o in sampled)
-        scores[f"pass@{tasks.PASS_K}"] = tasks.pass_at_k(len(sampled), passed, tasks.PASS_K)
+        scores[f"pass@{PASS_K}"] = tasks.pass_at_k(len(sampled), passed, PASS_K)
     return {"answers": answers, "reasons": [o.reason for o in outcomes], "scores": scores}
 
 
 def _metrics(task: Task, num_samples: int) -> list[str]:
-    sampled = [f"pass@{tasks.PASS_K}"] if num_samples else []
+    sampled = [f"pass@{PASS_K}"] if num_samples else []
     return ["exact_match"] if task is TRIVIAQA else ["pass@1", *sampled]
 
 
