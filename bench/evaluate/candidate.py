@@ -51,7 +51,12 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_NO_NEW_PRIVS = 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-LANDLOCK_WRITES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # WRITE_FILE, REMOVE_*, MAKE_*
+LANDLOCK_VERSION = 1  # a flag: which version of Landlock the kernel has
+LANDLOCK_WRITES = {
+    1: (1, 4, 5, 6, 7, 8, 9, 10, 11, 12),
+    2: (13,),
+    3: (14,),
+}  # bits of rights, new in each version
 
 
 def main() -> None:
@@ -95,13 +100,13 @@ def isolate(folder: str) -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.unshare(CLONE_NEWUSER | CLONE_NEWNET)
-    handled = ctypes.c_uint64(LANDLOCK_WRITES)
-    rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(handled), ctypes.c_size_t(8), 0)
-    if rules < 0:
+    version = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
+    writes = sum(1 << bit for since, bits in LANDLOCK_WRITES.items() if since <= version for bit in bits)
+    rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(ctypes.c_uint64(writes)), ctypes.c_size_t(8), 0)
+    if version < 1 or rules < 0:
         return
-    beneath = LANDLOCK_WRITES.to_bytes(8, sys.byteorder) + os.open(folder, os.O_RDONLY).to_bytes(
-        4, sys.byteorder
-    )
+    folder_fd = os.open(folder, os.O_RDONLY)
+    beneath = writes.to_bytes(8, sys.byteorder) + folder_fd.to_bytes(4, sys.byteorder)
     libc.syscall(LANDLOCK_ADD, rules, 1, beneath, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.syscall(LANDLOCK_RESTRICT, rules, 0)

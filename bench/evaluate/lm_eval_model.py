@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -111,6 +112,7 @@ def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: Settings) ->
     }
 
 
+@cache
 def _manager(include_path: Any) -> TaskManager:
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     return TaskManager(include_path=None if include_path is None else str(include_path))
