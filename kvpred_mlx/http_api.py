@@ -161,7 +161,9 @@ class PairHandler(APIHandler):
             if override not in (None, {}, {"exact": True}):
                 raise RequestError(f"kvpred is {override!r}, but {name} is the base alone", "kvpred")
         try:
-            return mode if override is None else mode.override(override)
+            asked = mode if override is None else mode.override(override)
+            asked.check(self.response_generator.model_provider.pair)
+            return asked
         except ValueError as error:
             raise RequestError(str(error), "kvpred") from error
 

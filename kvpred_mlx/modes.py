@@ -74,6 +74,16 @@ class Mode:
             return Mode(exact=True)
         return Mode(positions=_positions(self._dial() | dial) if dial else self.positions)
 
+    def check(self, pair: KVPredictionModel) -> None:
+        """Make sure that `pair` can be put in this mode.
+
+        Raises:
+            UnsupportedModelError: its families cannot choose or compute the top positions.
+        """
+        if self.positions and self.positions.top:
+            pair.rows.check()
+            pair.importance.check()
+
     def apply(self, pair: KVPredictionModel) -> None:
         """Put `pair` in this mode; the one place where a mode becomes attributes of a pair."""
         pair.exact = self.exact

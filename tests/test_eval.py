@@ -217,13 +217,13 @@ def arguments(folder, *extra, tasks="triviaqa,humaneval"):
 
 
 def test_a_whole_run(run, tmp_path):
-    code, out, err = run(*arguments(tmp_path / "out", "--limit", 1, "--json"))
+    code, out, err = run(*arguments(tmp_path / "out", "--limit", 1, "--num-samples", 0, "--json"))
     assert code == 0, err
     results = json.loads(out)
     assert results == json.loads((tmp_path / "out/results.json").read_text())
     assert results["complete"] and (tmp_path / "out/quality.png").stat().st_size > 10_000
     rows = {(r["task"], r["metric"], r["mode"]): r for r in results["rows"]}
-    metrics = [("triviaqa", "exact_match"), ("humaneval", "pass@1"), ("humaneval", "pass@10")]
+    metrics = [("triviaqa", "exact_match"), ("humaneval", "pass@1")]
     assert set(rows) == {(*m, mode) for m in metrics for mode in ("exact", "predicted", "auxiliary")}
     for row in rows.values():
         assert row["items"] == 1 and 0 <= row["score"] <= 1
@@ -233,7 +233,7 @@ def test_a_whole_run(run, tmp_path):
     ]
     assert flops[0] > flops[1] > flops[2] > 0
     items = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()[1:]]
-    assert len(items) == 6 and len(items[-1]["answers"]) == 11 and len(items[-1]["reasons"]) == 11
+    assert len(items) == 6 and len(items[-1]["answers"]) == len(items[-1]["reasons"]) == 1
 
 
 def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
@@ -292,6 +292,8 @@ def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
         assert scores[metric, "exact"] == (1.0, 1.0)
         assert scores[metric, "predicted"] == (0.5, 0.5)
     assert pair.min_prompt_tokens > 1 and not pair.exact
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
+    assert len(items[-1]["answers"]) == len(items[-1]["reasons"]) == 11
 
 
 def test_prompts_that_are_too_long_score_nothing(demo_pair, tmp_path):

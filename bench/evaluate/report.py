@@ -19,20 +19,20 @@ def table(results: Results) -> Table:
     """Scores with 95 % intervals, what is left of the exact mode's, FLOPs and seconds until the first token."""
     made = Table(
         title=f"{results['pair']['name']}, {results['pair']['dtype']}",
-        caption="95 % intervals; kept: share of the exact score; FLOPs and TTFT: mean and median until the first token",
+        caption="with 95 % intervals; kept: share of the exact score\nGFLOPs, s: until the first token, mean and median",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("task", "mode", "items", "score", "kept", "TTFT GFLOPs", "TTFT s"):
-        made.add_column(name, justify="left" if name in ("task", "mode") else "right")
+    for name in ("", "items", "score %", "kept %", "GFLOPs", "s"):
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
     before = None
     for row in results["rows"]:
         what = f"{row['task']} {row['metric']}"
-        if before not in (None, what):
+        if before != what:
             made.add_section()
+            made.add_row(what)
         before = what
         made.add_row(
-            what,
-            row["mode"],
+            f"  {row['mode']}",
             str(row["items"]),
             _percent(row, "score", "low", "high"),
             _percent(row, "retention", "retention_low", "retention_high"),
@@ -86,4 +86,4 @@ def _percent(row: dict[str, Any], *names: str) -> str:
     if value is None:
         return ""
     ends = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None else ""
-    return f"{100 * value:.1f} %{ends}"
+    return f"{100 * value:.1f}{ends}"

@@ -78,7 +78,8 @@ class Evaluation:
         folder: where `items.jsonl` is, or will be.
 
     Raises:
-        ValueError: a mode is not known, or the folder is of a run with other settings.
+        ValueError: a mode is not known, or not possible with this pair, or the folder is of a run with other
+            settings.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class Evaluation:
         self.pair, self.tokenizer, self.name, self.settings = pair, tokenizer, name, settings
         self.context = context
         self._modes = {mode: _parse(mode) for mode in settings.modes}
+        for mode in self._modes.values():
+            if mode is not None:
+                mode.check(pair)
         self._journal = Journal(folder / "items.jsonl", settings.same(name))
 
     def run(

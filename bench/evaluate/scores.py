@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from kvpred_mlx.bench.evaluate.journal import Record
-from kvpred_mlx.bench.flops import ttft_flops
+from kvpred_mlx.bench.flops import TTFT, ttft_flops
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.modes import Mode
 
@@ -30,7 +30,11 @@ def summarize(
     """
     rows = []
     prompts = {mode: [n for r in done for n in r["prompt_tokens"]] for mode, done in records.items()}
-    flops = {mode: mean_flops(pair, mode, lengths) if lengths else None for mode, lengths in prompts.items()}
+    counted: dict[tuple[str, int], TTFT] = {}
+    flops = {
+        mode: mean_flops(pair, mode, lengths, counted) if lengths else None
+        for mode, lengths in prompts.items()
+    }
     for metric in next(iter(records.values()))[0]["scores"]:
         exact = [r["scores"][metric] for r in records.get("exact", [])]
         for mode, done in records.items():
@@ -52,14 +56,24 @@ def summarize(
     return rows
 
 
-def mean_flops(pair: KVPredictionModel, mode: str, prompts: Sequence[int]) -> float:
-    """FLOPs until the first token, the mean over prompts of these lengths, in tokens."""
+def mean_flops(
+    pair: KVPredictionModel,
+    mode: str,
+    prompts: Sequence[int],
+    counted: dict[tuple[str, int], TTFT] | None = None,
+) -> float:
+    """FLOPs until the first token, the mean over prompts of these lengths, in tokens.
+
+    Args:
+        counted: what was counted before, to be used again and added to.
+    """
+    counted = {} if counted is None else counted
     lengths = Counter(prompts)
     known = sorted(lengths)
     if len(known) > FLOPS_LENGTHS:
         known = sorted({*np.quantile(known, np.linspace(0, 1, FLOPS_LENGTHS), method="nearest").tolist()})
-    counted = [_flops(pair, mode, int(n)) for n in known]
-    return float(np.average(np.interp(list(lengths), known, counted), weights=list(lengths.values())))
+    flops = [_flops(pair, mode, int(n), counted) for n in known]
+    return float(np.average(np.interp(list(lengths), known, flops), weights=list(lengths.values())))
 
 
 def interval(scores: Sequence[float], seed: int = 0) -> tuple[float | None, float | None]:
@@ -70,12 +84,14 @@ def interval(scores: Sequence[float], seed: int = 0) -> tuple[float | None, floa
     return _bootstrap((np.asarray(scores),), np.mean, seed)
 
 
-def _flops(pair: KVPredictionModel, mode: str, prompt_tokens: int) -> int:
-    if mode == AUXILIARY:
-        return ttft_flops(pair, prompt_tokens).auxiliary
-    with Mode.parse(mode).applied(pair):
-        counted = ttft_flops(pair, prompt_tokens)
-    return counted.exact if mode == "exact" else counted.predicted
+def _flops(
+    pair: KVPredictionModel, mode: str, prompt_tokens: int, counted: dict[tuple[str, int], TTFT]
+) -> int:
+    dial = mode if mode not in (AUXILIARY, "exact") else "predicted"
+    if (dial, prompt_tokens) not in counted:
+        with Mode.parse(dial).applied(pair):
+            counted[dial, prompt_tokens] = ttft_flops(pair, prompt_tokens)
+    return getattr(counted[dial, prompt_tokens], mode if mode in (AUXILIARY, "exact") else "predicted")
 
 
 def _score(scores: list[float], error: float | None, seed: int) -> dict[str, float | None]:
