@@ -74,7 +74,7 @@ $(BENCH): $(RUNTIME)
 
 $(DEV): $(RUNTIME)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,dev]'
+	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,eval,dev]'
 	@touch $@
 
 comma := ,

@@ -67,6 +67,20 @@ class AuxiliaryCache(CacheList):
         """How many of the next `n` columns are tokens in each row of a right-padded batch (None: not padded)."""
         return None if self._lengths is None else [min(n, left) for left in self._lengths]
 
+    def end_prompt(self) -> None:
+        """What follows is decoding for certain: a short last chunk was a prompt's, and stays predicted."""
+        self.close_prompt()
+        self.provisional = 0
+
+    def unread(self) -> mx.array:
+        """The logged tokens that the auxiliary has not read, [1, lag], of a cache of one row."""
+        return self.tail(max(0, self.lags()[0]))
+
+    def read_again(self, caches: Sequence[Any]) -> None:
+        """Give the auxiliary other caches, empty ones: it will read the whole log again."""
+        self.caches = [*caches, self.log]
+        self.caught_up = False
+
     def append(self, tokens: mx.array) -> mx.array:
         """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to."""
         ids = tokens.astype(mx.int32)[:, None, :, None]
@@ -75,6 +89,10 @@ class AuxiliaryCache(CacheList):
     def tail(self, n: int) -> mx.array:
         """The last `n` logged tokens, [B, n]."""
         return self.log.keys_and_values()[0][:, 0, self.log.size() - n :, 0]
+
+    def logged(self) -> list[int]:
+        """All logged tokens of a cache of one row."""
+        return [] if self.empty() else self.tail(self.size())[0].tolist()  # type: ignore[return-value]
 
     def lags(self) -> list[int]:
         """How many logged tokens the auxiliary has not read, for each row of the batch."""
@@ -144,7 +162,7 @@ class AuxiliaryCache(CacheList):
                 for c in self.auxiliary:
                     c.trim(ahead)
             else:  # a full window cannot be wound back: read the log again
-                self.caches = [*map(_emptied, self.auxiliary), self.log]
+                self.read_again([*map(_emptied, self.auxiliary)])
         return n
 
     def extend(self, other: AuxiliaryCache) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, DEFAULT_QUANTIZED_KV_START, generation_stream
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.draft import AuxiliaryDraft, prefill
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.repair import BUDGET, Progress, RepairingModel
 
@@ -31,6 +32,8 @@ class GenerationResponse(MlxLmResponse):
         repair (Progress | None): how far the repair of the prompt cache is, if there is one.
         repair_tps (float): tokens per second while it was repaired, the first token left out.
         repaired_tps (float): tokens per second since it is exact; 0 before.
+        drafted (int): tokens that the pair's auxiliary drafted so far.
+        accepted (int): drafted tokens that the base accepted so far.
     """
 
     ttft: float = 0.0
@@ -38,6 +41,8 @@ class GenerationResponse(MlxLmResponse):
     repair: Progress | None = None
     repair_tps: float = 0.0
     repaired_tps: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def stream_generate(
@@ -57,30 +62,72 @@ def stream_generate(
     `prefill_step_size` is, and honours `max_kv_size`, which mlx-lm ignores for models that make their cache.
 
     Args:
+        draft_model: a pair's own auxiliary drafts from the cache with which it predicted the prompt, so it
+            processes no prompt of its own.
         repair: recompute the prompt exactly behind the first token (see `RepairingModel`).
         repair_budget: the share of each token's time that the repair may take, on average.
 
     Raises:
-        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired.
+        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; or a pair's
+            auxiliary cannot draft with these options (see `AuxiliaryDraft.attach`).
     """
     clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
-    if draft_model is None:
-        kwargs["prompt_progress_callback"] = clock
-        if isinstance(model, KVPredictionModel):
+    draft: Any = draft_model
+    if isinstance(model, KVPredictionModel):
+        if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft):
+            draft = AuxiliaryDraft(model)
+        if draft is None or isinstance(draft, AuxiliaryDraft):
             announce_prompt(model, prompt.size, kwargs)
     if repair:
-        if draft_model is not None or not isinstance(model, KVPredictionModel):
+        if draft is not None or not isinstance(model, KVPredictionModel):
             raise ValueError("only a pair without a draft model has a predicted cache to repair")
         model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
     rates = _Rates(model.progress if isinstance(model, RepairingModel) else None)
-    responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **kwargs)
+    if isinstance(draft, AuxiliaryDraft):
+        responses = _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **kwargs)
+    else:
+        progress: Any = {} if draft is not None else {"prompt_progress_callback": clock}
+        responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **kwargs, **progress)
+    accepted = 0
     for response in responses:
         clock.first_response()
+        accepted += response.from_draft
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        yield GenerationResponse(
-            **fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **rates(response.generation_tokens)
+        counts: Any = (
+            {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
         )
+        counts |= rates(response.generation_tokens)
+        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **counts)
+
+
+def _drafted(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: mx.array,
+    max_tokens: int,
+    draft: Any,
+    clock: _FirstToken,
+    **options: Any,
+) -> Generator[MlxLmResponse, None, None]:
+    """mlx-lm's speculative decoding with an `AuxiliaryDraft`, from the prompt's last token on, after its prefill.
+
+    mlx-lm would let the draft process the prompt first.
+    """
+    defaults: dict[str, Any] = {
+        "stream": generation_stream,
+        "quantized_kv_start": DEFAULT_QUANTIZED_KV_START,
+        "kv_group_size": 64,
+        "num_draft_tokens": 2,
+    }
+    options = defaults | options
+    cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
+    attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
+    prefill(model, prompt[:-1], cache, clock, **options)
+    options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
+    for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
+        clock.first_response(prompt.size)
+        yield dataclasses.replace(response, prompt_tokens=prompt.size, prompt_tps=prompt.size / clock.ttft)
 
 
 def generate(
@@ -104,11 +151,14 @@ def generate(
 def footer(response: GenerationResponse) -> str:
     """mlx-lm's closing lines, and the TTFT with its parts."""
     step = response.ttft - response.prefill_time
+    share = response.accepted / max(1, response.drafted)
+    draft = f"\nDraft: {response.accepted} of {response.drafted} drafted tokens accepted ({share:.0%})"
     lines = (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
+        f"{draft if response.drafted else ''}"
     )
     if response.repair is None:
         return lines
@@ -171,9 +221,11 @@ class _FirstToken:
         if self._then is not None:
             self._then(processed, total)
 
-    def first_response(self) -> None:
+    def first_response(self, total: int | None = None) -> None:
         """Speculative decoding reports no progress: its first response is the first sign."""
-        if not self.ttft:
+        if not self.ttft and total is not None:
+            self(total, total)
+        elif not self.ttft:
             self.ttft = time.perf_counter() - self._start
 
 

@@ -104,10 +104,11 @@ class KVPredictionModel(nn.Module):
         """What the predictor reads of the auxiliary's layers for `tokens` [B, L], and of no layer beyond.
 
         Args:
-            caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.
+            caches: the auxiliary's (`AuxiliaryCache.auxiliary`); updated in place.  If they are those of all its
+                layers (it will draft), all are filled.
         """
         source, taps = self.predictor.source, self.auxiliary_taps
-        if self._depth is None:
+        if self._depth is None or (caches is not None and len(caches) > self._depth[1]):
             return record(source, taps, tokens, list(caches) if caches is not None else None)[0]
         layers, entries = self._depth
         if caches is not None:  # layers that do not run still have their masks made from their caches

@@ -29,7 +29,11 @@ def copy_of_demo(tmp_path):
 def test_generates_and_shows_the_ttft(run, demo_pair):
     code, out, err = run("generate", "--prompt", FUNCTION, "-m", 8)
     assert code == 0
-    assert f"Prompt: {tokens_of(demo_pair)} tokens" in out and "Generation: 8 tokens" in out and "Peak memory" in out
+    assert (
+        f"Prompt: {tokens_of(demo_pair)} tokens" in out
+        and "Generation: 8 tokens" in out
+        and "Peak memory" in out
+    )
     assert "TTFT: " in out and "prompt cache" in out and "base step" in out
     assert "bundled demo pair" in err
 

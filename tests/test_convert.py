@@ -36,7 +36,7 @@ def test_predicted_keys_by_hand(pair):
     convert_checkpoint(*pair)
     model, state = load_model(pair[2]), checkpoints.torch.load(pair[0])
     ids = mx.random.randint(0, 128, (2, 40), key=mx.random.key(0))
-    auxiliary, _ = model._auxiliary_taps.record(ids)
+    auxiliary, _ = model.auxiliary_taps.record(ids)
     cache = model.make_cache()
     model(ids, cache=cache)
     for i, m in enumerate(checkpoints.LAYER_MAP):

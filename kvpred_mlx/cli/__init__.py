@@ -9,13 +9,16 @@ import traceback
 import typer
 
 from kvpred_mlx.cli.bench import bench
+from kvpred_mlx.cli.chat import chat
 from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
+from kvpred_mlx.cli.evaluate import evaluate
 from kvpred_mlx.cli.fit import fit
 from kvpred_mlx.cli.generate import generate
 from kvpred_mlx.cli.info import info
 from kvpred_mlx.cli.pareto import pareto
 from kvpred_mlx.cli.quality import quality
+from kvpred_mlx.cli.serve import serve
 from kvpred_mlx.cli.train import train
 
 app = typer.Typer(
@@ -26,8 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(chat)
+app.command()(serve)
 app.command()(bench)
 app.command()(pareto)
+app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(fit)
 app.command()(train)

@@ -40,6 +40,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
     ] = False,
+    upload_repo: Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")] = None,
 ) -> None:
     """Convert a CoreNet KV Prediction (or plain OpenELM) checkpoint. Hugging Face OpenELM: mlx_lm.convert."""
     if not quantize and (q_bits is not None or q_group_size is not None):
@@ -49,7 +50,10 @@ def convert(
     from rich.progress import Progress
 
     from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
+    from kvpred_mlx.hub import check_access, upload
 
+    if upload_repo is not None:
+        check_access(upload_repo)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("Converting", total=None)
         convert_checkpoint(
@@ -64,3 +68,5 @@ def convert(
         )
     size = sum(f.stat().st_size for f in mlx_path.iterdir())
     print(f"{mlx_path}: {size / 1e6:.1f} MB")
+    if upload_repo is not None:
+        print(upload(mlx_path, upload_repo, f"Converted from the CoreNet checkpoint `{checkpoint.name}`."))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation import GenerationResponse
@@ -57,9 +58,12 @@ def generate(
     repair_budget: Annotated[
         float, typer.Option(help="The share of each token's time that the repair may take, 0 to 1.")
     ] = 0.3,
+    draft: DraftOption = None,
+    num_draft_tokens: NumDraftTokensOption = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
+    check_draft(draft)
     text = _read_prompt(prompt)
     if kv_bits not in (None, 2, 3, 4, 6, 8):
         raise typer.BadParameter(f"{kv_bits}, expected 2, 3, 4, 6 or 8", param_hint="--kv-bits")
@@ -104,6 +108,8 @@ def generate(
         tokenizer,
         ids,
         max_tokens,
+        draft_model=pair.auxiliary if draft else None,
+        num_draft_tokens=num_draft_tokens,
         sampler=make_sampler(temp, top_p, min_p, min_tokens_to_keep, top_k),
         max_kv_size=max_kv_size,
         prefill_step_size=prefill_step_size,
@@ -173,6 +179,8 @@ def _print_json(responses: Any, path: str, pair: Any) -> None:
         "finish_reason",
         "ttft",
         "prefill_time",
+        "drafted",
+        "accepted",
     )
     result = {
         "model": str(Path(path)),

@@ -1,0 +1,1 @@
+"""Quality of a pair on tasks, mode by mode: `kvpred-mlx eval`."""

@@ -1,0 +1,118 @@
+"""lm-eval's tasks on a pair, through mlx-lm's own lm-eval model class."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from mlx_lm.evaluate import MLXLM
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvpred_mlx.draft import prefill
+from kvpred_mlx.generation import announce_prompt
+from kvpred_mlx.model import KVPredictionModel
+from kvpred_mlx.modes import Mode
+
+if TYPE_CHECKING:
+    from kvpred_mlx.bench.evaluate.run import Settings
+
+
+class LoadedLM(MLXLM):
+    """mlx-lm's model class for a model that is loaded already.
+
+    A context is processed as a prompt is: its last token by itself, so that a pair's is exact, and what is scored
+    after it by the base.  mlx-lm would send the context whole.
+
+    Args:
+        model: a pair, in the mode that it is in, or a model of its own.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, max_tokens: int | None):
+        LM.__init__(self)
+        self._model, self.tokenizer = model, tokenizer
+        self._batch_size, self._max_tokens, self._sampler = batch_size, max_tokens, None
+        self.use_chat_template = tokenizer.chat_template is not None
+        self.prompt_tokens: list[int] = []
+        self.ttfts: list[float] = []
+
+    def _process_prompt(self, prompt: Any, step_size: int = 2048) -> tuple[mx.array, list[Any]]:
+        started, tokens = time.perf_counter(), mx.array(prompt)
+        options: dict[str, Any] = {"prefill_step_size": step_size}
+        if isinstance(self._model, KVPredictionModel):
+            announce_prompt(self._model, tokens.size, options)
+        cache = options.setdefault("prompt_cache", make_prompt_cache(self._model))
+        prefill(self._model, tokens[:-1], cache, **options)
+        logits = self._model(tokens[None, -1:], cache=cache)[:, -1]
+        logprobs = nn.log_softmax(logits.astype(mx.float32))
+        mx.eval(logprobs)
+        self.ttfts.append(time.perf_counter() - started)
+        self.prompt_tokens.append(tokens.size)
+        return logprobs, cache
+
+    def _score_fn(self, inputs: Any, cache: list[Any] | None = None, step_size: int = 2048) -> Any:
+        if cache is None or not isinstance(self._model, KVPredictionModel):
+            return super()._score_fn(inputs, cache, step_size)
+        with Mode(exact=True).applied(self._model):
+            return super()._score_fn(inputs, cache, step_size)
+
+    def generate_until(self, requests: Any) -> list[str]:
+        special = not self.use_chat_template
+        self.prompt_tokens += [
+            len(self.tokenizer.encode(r.args[0], add_special_tokens=special)) for r in requests
+        ]
+        return super().generate_until(requests)
+
+
+def known_tasks(names: list[str], include_path: Any = None) -> list[str]:
+    """Those of `names` that lm-eval knows."""
+    manager = _manager(include_path)
+    return [name for name in names if name in manager.all_tasks]
+
+
+def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: Settings) -> dict[str, Any]:
+    """Run one of lm-eval's tasks: `scores` and standard `errors` by metric, and what prompts there were.
+
+    Raises:
+        OSError: its data cannot be had.
+    """
+    lm = LoadedLM(model, tokenizer, settings.batch_size, settings.max_tokens)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=_manager(settings.include_path),
+            limit=settings.limit,
+            apply_chat_template=lm.use_chat_template,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
+    numbers = {k: v for k, v in found["results"][task].items() if isinstance(v, int | float) and "," in k}
+    errors = {
+        k.replace("_stderr,", ",").removesuffix(",none"): v for k, v in numbers.items() if "_stderr," in k
+    }
+    scores = {k.removesuffix(",none"): float(v) for k, v in numbers.items() if "_stderr," not in k}
+    items = found.get("n-samples", {}).get(task, {}).get("effective", len(lm.prompt_tokens))
+    return {
+        "items": items,
+        "scores": scores,
+        "errors": errors,
+        "prompt_tokens": lm.prompt_tokens,
+        "ttfts": lm.ttfts,
+    }
+
+
+@cache
+def _manager(include_path: Any) -> TaskManager:
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    return TaskManager(include_path=None if include_path is None else str(include_path))

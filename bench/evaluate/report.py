@@ -1,0 +1,89 @@
+"""An evaluation for people: a table, a picture, and files of both."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kvpred_mlx.bench.results import write_file
+
+Results = dict[str, Any]
+
+
+def table(results: Results) -> Table:
+    """Scores with 95 % intervals, what is left of the exact mode's, FLOPs and seconds until the first token."""
+    made = Table(
+        title=f"{results['pair']['name']}, {results['pair']['dtype']}",
+        caption="with 95 % intervals; kept: share of the exact score\nGFLOPs, s: until the first token, mean and median",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("", "items", "score %", "kept %", "GFLOPs", "s"):
+        made.add_column(name, justify="right" if name else "left", no_wrap=True)
+    before = None
+    for row in results["rows"]:
+        what = f"{row['task']} {row['metric']}"
+        if before != what:
+            made.add_section()
+            made.add_row(what)
+        before = what
+        made.add_row(
+            f"  {row['mode']}",
+            str(row["items"]),
+            _percent(row, "score", "low", "high"),
+            _percent(row, "retention", "retention_low", "retention_high"),
+            "" if row["ttft_flops"] is None else f"{row['ttft_flops'] / 1e9:.3g}",
+            "" if row["ttft"] is None else f"{row['ttft']:.3f}",
+        )
+    return made
+
+
+def write(folder: Path, results: Results, plot: bool) -> None:
+    """`results.json` and `quality.png`; without matplotlib there is no picture."""
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    if plot and results["rows"] and find_spec("matplotlib") is not None:
+        write_file(folder / "quality.png", lambda path: draw(results, path))
+
+
+def draw(results: Results, path: Path) -> None:
+    """Score against FLOPs until the first token, a panel for each task and metric."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["ttft_flops"] is not None:
+            panels.setdefault(f"{row['task']} {row['metric']}", []).append(row)
+    figure = Figure(figsize=(1 + 4.5 * max(1, len(panels)), 4.2), layout="constrained")
+    all_axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
+        for row in rows:
+            x, y = row["ttft_flops"] / 1e9, 100 * row["score"]
+            ends = (
+                [[abs(y - 100 * row["low"])], [abs(100 * row["high"] - y)]]
+                if row["low"] is not None
+                else None
+            )
+            axes.errorbar([x], [y], yerr=ends, marker="o", capsize=3, label=row["mode"])
+        axes.set(
+            title=title,
+            xlabel="GFLOPs until the first token",
+            ylabel="score, %",
+            xscale="log",
+            ylim=(0, None),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{results['pair']['name']}, {results['pair']['dtype']}")
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _percent(row: dict[str, Any], *names: str) -> str:
+    value, low, high = (row[name] for name in names)
+    if value is None:
+        return ""
+    ends = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None else ""
+    return f"{100 * value:.1f}{ends}"

@@ -1,0 +1,163 @@
+"""`kvpred-mlx chat`: mlx-lm's chat with a pair, in a terminal or a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
+
+if TYPE_CHECKING:
+    from kvpred_mlx.chat import Conversation
+
+HELP = "/reset  forget the conversation    /exact on|off  the base alone, or predicted    /help    /exit"
+
+
+def chat(
+    pair: Annotated[
+        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
+    ] = None,
+    temp: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sampling top-p.")] = 1.0,
+    xtc_probability: Annotated[float, typer.Option(min=0, max=1, help="Probability of XTC sampling.")] = 0.0,
+    xtc_threshold: Annotated[float, typer.Option(min=0, max=0.5, help="Threshold of XTC sampling.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_kv_size: Annotated[int | None, typer.Option(min=8, help="Largest KV cache, in tokens.")] = None,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens of an answer.")] = 256,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt for the chat template.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Begin with /exact on.")] = False,
+    draft: DraftOption = None,
+    num_draft_tokens: NumDraftTokensOption = 3,
+) -> None:
+    """Chat: each answer begins with a predicted prompt cache, and ends with its TTFT."""
+    check_draft(draft)
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from kvpred_mlx.chat import Conversation
+    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+
+    path = find_pair(pair or DEMO_PAIR)
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: the pair has no tokenizer, so it cannot chat")
+    model.exact = exact
+    mx.random.seed(seed)
+    special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    options: dict[str, Any] = {
+        "sampler": make_sampler(
+            temp,
+            top_p,
+            xtc_probability=xtc_probability,
+            xtc_threshold=xtc_threshold,
+            xtc_special_tokens=special,
+        ),
+        "prefill_step_size": prefill_step_size,
+        "max_kv_size": max_kv_size,
+    }
+    if draft:
+        options |= {"draft_model": model.auxiliary, "num_draft_tokens": num_draft_tokens}
+    context = context_length(read_config(path))
+    conversation = Conversation(model, tokenizer, system_prompt, context, **options)
+    shown = Namespace(
+        model=pair or path.name, adapter_path=None, max_tokens=max_tokens, system_prompt=system_prompt
+    )
+    _talk(conversation, shown)
+
+
+def _talk(conversation: Conversation, shown: Namespace) -> None:
+    """Read, answer, until /exit or the end of the input."""
+    with _ui(shown) as ui:
+        while True:
+            try:
+                text = ui.prompt()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                ui.note("/exit ends the chat")
+                continue
+            if text == "/exit":
+                break
+            if text.startswith("/"):
+                ui.note(_command(conversation, text))
+            elif text.strip():
+                _answer(conversation, ui, text, shown.max_tokens)
+        ui.note("bye")
+
+
+def _answer(conversation: Conversation, ui: Any, text: str, max_tokens: int) -> None:
+    response = None
+    answers = conversation.say(text, max_tokens)
+    try:
+        for response in answers:
+            ui.stream_token(response.text)
+        ui.end_turn(response)
+    except KeyboardInterrupt:
+        answers.close()  # type: ignore[attr-defined]
+        ui.end_turn(response)
+        ui.note("interrupted")
+    except ValueError as error:
+        ui.note(str(error))
+
+
+def _command(conversation: Conversation, text: str) -> str:
+    """Carry out a command; returns what to say about it."""
+    name, _, argument = text.partition(" ")
+    if name == "/reset" and not argument:
+        conversation.reset()
+        return "reset: context cleared"
+    if name == "/exact" and argument.strip() in ("on", "off"):
+        conversation.pair.exact = argument.strip() == "on"
+        conversation.forget_cache()
+        return "exact: the base alone" if conversation.pair.exact else "predicted"
+    return HELP if name == "/help" else f"{text!r} is no command, expected {HELP}"
+
+
+def _ui(shown: Namespace) -> Any:
+    """mlx-lm's chat on the terminal; in a pipe its plain text, without boxes and control sequences."""
+    from mlx_lm.cli_ui import ChatUI, print_header_panel
+
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if in_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - `input` edits lines with it, and keeps their history
+
+    class PairUI(ChatUI):
+        def __enter__(self) -> Self:
+            if in_terminal:
+                rows = [("model", str(shown.model)), ("max tokens", f"{shown.max_tokens:,}")]
+                print_header_panel(self._console, "kvpred-mlx chat", rows)
+            self.note(HELP)
+            return self
+
+        def prompt(self) -> str:
+            return super().prompt() if in_terminal else input()
+
+        def note(self, text: str) -> None:
+            if in_terminal:
+                self._console.print(f"  {text}", style="ui.muted", markup=False)
+            else:
+                print(text, flush=True)
+
+        def end_turn(self, response: Any) -> None:
+            if in_terminal:
+                super().end_turn(response)
+            else:
+                print(flush=True)
+            if response is not None:
+                self.note(_ttft(response, in_terminal))
+
+    return PairUI(shown)
+
+
+def _ttft(response: Any, in_terminal: bool) -> str:
+    mode = (
+        "" if in_terminal else f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tok/s, "
+    )
+    draft = f", {response.accepted} of {response.drafted} drafted accepted" if response.drafted else ""
+    return f"{mode}TTFT {response.ttft:.3f} s{draft}"

@@ -1,0 +1,176 @@
+"""`kvpred-mlx eval`: quality on tasks, mode by mode."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvpred_mlx.bench.evaluate.run import Evaluation
+
+NEEDED = {"scipy": "scipy", "psutil": "psutil", "lm_eval": "lm-eval", "datasets": "datasets"}
+
+
+def evaluate(
+    pair: Annotated[
+        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="triviaqa, humaneval, or any task of lm-eval, with commas between.")
+    ] = "triviaqa",
+    modes: Annotated[
+        str,
+        typer.Option(
+            help="exact, predicted, auxiliary, or dials: exact-last=32, exact-top=0.1+exact-first=4."
+        ),
+    ] = "exact,predicted,auxiliary",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="JSON lines instead of the hub's data: FILE, or TASK=FILE; repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task. Default: all.")] = None,
+    num_samples: Annotated[
+        int, typer.Option(min=0, help="Samples of each HumanEval problem for pass@10; 0: pass@1 only.")
+    ] = 10,
+    temp: Annotated[float, typer.Option(min=0, help="Temperature of the samples.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Top-p of the samples.")] = 0.95,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "-m", min=1, help="Tokens of an answer. Default: the task's."),
+    ] = None,
+    min_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Shorter prompts are not predicted; 1 predicts all, as in the paper.")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of lm-eval's tasks.")] = 8,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks for lm-eval.")] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Run code that the model writes (humaneval).")
+    ] = False,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results; one that has some goes on. Default: eval-results/DATE-PAIR."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
+) -> None:
+    """Evaluate a pair on tasks: the base alone, predicted, and the auxiliary alone, in one table."""
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"eval needs {' and '.join(missing)}: pip install 'kvpred-mlx[eval]'")
+    from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
+    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+
+    names = _words("--tasks", tasks)
+    if "humaneval" in names and not confirm_run_unsafe_code:
+        raise typer.BadParameter(
+            "humaneval runs code that the model writes, in a sandbox that stops accidents and not attackers: "
+            "add --confirm-run-unsafe-code",
+            param_hint="--tasks",
+        )
+    if 0 < num_samples < 10:
+        raise typer.BadParameter(f"{num_samples}, expected 0, or 10 or more", param_hint="--num-samples")
+    files = _files(data or [], names)
+    _check_modes(_words("--modes", modes))
+    _check_tasks(names, include_path)
+    path = find_pair(pair or DEMO_PAIR)
+    name = pair or path.name
+    settings = Settings(
+        tasks=names, modes=_words("--modes", modes), data=files, limit=limit, num_samples=num_samples, temp=temp,
+        top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
+        include_path=include_path, seed=seed,
+    )  # fmt: skip
+    folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{path.name}")
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise ValueError(f"{path}: the pair has no tokenizer, so it cannot be evaluated")
+    run = Evaluation(model, tokenizer, name, settings, folder, context_length(read_config(path)))
+    _run(run, folder, as_json, not no_plot)
+
+
+def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from kvpred_mlx.bench.evaluate.report import table, write
+
+    results: dict[str, Any] = {}
+
+    def finished(so_far: dict[str, Any]) -> None:
+        results.update(so_far)
+        write(folder, results, plot)
+
+    try:
+        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("loading data", total=None)
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total, description=what)
+
+            evaluation.run(progress, finished)
+    finally:
+        if results:
+            print(json.dumps(results)) if as_json else Console().print(table(results))
+        print(f"results: {folder}", file=sys.stderr)
+
+
+def _words(option: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise typer.BadParameter(f"{text!r}, expected names with commas between", param_hint=option)
+    return list(dict.fromkeys(words))
+
+
+def _files(given: list[str], names: list[str]) -> dict[str, Path]:
+    """`TASK=FILE`, or a plain file where only one of the tasks takes one."""
+    from kvpred_mlx.bench.evaluate.tasks import TASKS
+
+    own = [name for name in names if name in TASKS]
+    files: dict[str, Path] = {}
+    for text in given:
+        task, _, file = text.partition("=")
+        if task not in TASKS:
+            task, file = own[0] if len(own) == 1 else "", text
+        if task not in own:
+            raise typer.BadParameter(
+                f"{text!r}, expected TASK=FILE with a task of {', '.join(own) or 'triviaqa or humaneval'}",
+                param_hint="--data",
+            )
+        if not Path(file).is_file():
+            raise typer.BadParameter(f"{file}: no such file", param_hint="--data")
+        files[task] = Path(file)
+    return files
+
+
+def _check_modes(modes: list[str]) -> None:
+    from kvpred_mlx.modes import Mode
+
+    for mode in modes:
+        if mode != "auxiliary":
+            try:
+                Mode.parse(mode)
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--modes") from error
+
+
+def _check_tasks(names: list[str], include_path: Path | None) -> None:
+    from kvpred_mlx.bench.evaluate.tasks import TASKS
+
+    others = [name for name in names if name not in TASKS]
+    if not others:
+        return
+    from kvpred_mlx.bench.evaluate.lm_eval_model import known_tasks
+
+    unknown = set(others) - set(known_tasks(others, include_path))
+    if unknown:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}: not {' nor '.join(TASKS)}, and not known to lm-eval",
+            param_hint="--tasks",
+        )

@@ -1,0 +1,435 @@
+"""`kvpred-mlx eval`: the scorers, the sandbox, and whole runs on small local data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import DATA, fails
+
+from kvpred_mlx.bench.evaluate import candidate, sandbox, tasks
+from kvpred_mlx.bench.evaluate.journal import Journal
+from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
+from kvpred_mlx.bench.evaluate.sandbox import Limits
+from kvpred_mlx.bench.evaluate.scores import interval, mean_flops
+from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
+from kvpred_mlx.bench.flops import ttft_flops
+from kvpred_mlx.modes import Mode
+
+FILES = {name: DATA / "eval" / f"{name}.jsonl" for name in ("triviaqa", "humaneval")}
+ROWS = {task.name: tasks.rows(task, FILES[task.name], None) for task in (TRIVIAQA, HUMANEVAL)}
+ADD = ROWS["humaneval"][0]
+QUICK = Limits(seconds=10, memory_bytes=256 << 20)
+QUICKER = Limits(seconds=1, memory_bytes=256 << 20)
+
+
+def test_the_prompts_are_the_paper_s():
+    assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][1]) == "Question: Who wrote 'Dracula'?\nAnswer:"
+    assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][0]).count("?") == 0
+    assert tasks.prompt(HUMANEVAL, ADD) == ADD["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Bram Stoker", True), (" bram stoker", True), ("'Bram' Stoker!", True), ("ABRAHAM STOKER", True),
+        ("Stoker", False), ("Bram  Stoker", False), ("Bram Stoker wrote it", False), ("", False),
+    ],
+)  # fmt: skip
+def test_exact_match(answer, right):
+    assert tasks.matches(answer, ROWS["triviaqa"][1]["answer"]["aliases"]) is right
+
+
+def test_exact_match_is_lm_eval_s():
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    for answer in ("Bram Stoker", "bram stoker", "Bram-Stoker", "Bram", "A.B.", "", "Mars (planet)"):
+        for alias in ("Bram Stoker", "BramStoker", "AB", "Mars planet"):
+            theirs = metrics.exact_match_hf_evaluate(
+                predictions=[answer], references=[alias], ignore_case=True, ignore_punctuation=True
+            )["exact_match"]
+            assert tasks.matches(answer, [alias]) is bool(theirs), (answer, alias)
+
+
+def test_answers_are_cut_at_the_first_stop():
+    assert tasks.cut(" Paris, France. Or", TRIVIAQA.stops) == " Paris"
+    assert tasks.cut("    return a\n\nclass A:\n", HUMANEVAL.stops) == "    return a\n"
+    assert tasks.cut("    return a", HUMANEVAL.stops) == "    return a"
+
+
+def test_pass_at_k():
+    assert tasks.pass_at_k(10, 0, 10) == 0.0
+    assert tasks.pass_at_k(10, 1, 10) == 1.0
+    assert tasks.pass_at_k(20, 1, 10) == pytest.approx(0.5)
+    assert tasks.pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="5 samples, expected at least 10"):
+        tasks.pass_at_k(5, 2, 10)
+
+
+@pytest.mark.parametrize("row", ROWS["humaneval"])
+def test_the_known_solution_passes(row):
+    assert tasks.check(row, row["canonical_solution"]) == sandbox.Outcome(True, "passed")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("    return a - b\n", "AssertionError"),
+        ("    return a +\n", "SyntaxError"),
+        ("    return undefined\n", "NameError"),
+        ("    while True:\n        pass\n", "timed out"),
+        ("    import time\n    time.sleep(60)\n", "timed out"),
+        ("    x = []\n    while True:\n        x.append(bytearray(10_000_000))\n", "emory"),
+        ("    import sys\n    sys.exit(0)\n", "SystemExit"),
+        ("    import os\n    os._exit(0)\n", "ended before"),
+        ("    import os\n    os.fork()\n", "PermissionError: os.fork"),
+        ("    import os\n    os.kill(os.getppid(), 9)\n", "PermissionError: os.kill"),
+        ("    import subprocess\n    subprocess.run(['true'])\n", "PermissionError: subprocess.Popen"),
+        ("    import os\n    os.system('true')\n", "PermissionError: os.system"),
+        ("    import socket\n    socket.create_connection(('127.0.0.1', 9))\n", "PermissionError: socket."),
+        ("    import ctypes\n    ctypes.CDLL(None)\n", "PermissionError: ctypes.dlopen"),
+        ("    open('big', 'w').write('x' * 50_000_000)\n", "OSError"),
+        ("    raise BaseException('no')\n", "BaseException: no"),
+        ("    def again(n):\n        return again(n + 1)\n    again(0)\n", "RecursionError"),
+    ],
+)  # fmt: skip
+def test_candidates_that_do_not_pass(completion, reason):
+    program = f"{ADD['prompt']}{completion}\n{ADD['test']}\ncheck(add)\n"
+    started = time.monotonic()
+    outcome = sandbox.run(program, QUICKER if reason == "timed out" else QUICK)
+    assert not outcome.passed and reason in outcome.reason, outcome
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open({0!r}, 'w').write('x')",
+        "open('../outside', 'w')",
+        "import os; os.open({0!r}, os.O_CREAT | os.O_WRONLY)",
+        "import os; os.symlink({1!r}, 'link'); open('link/outside', 'w')",
+        "import os; os.remove({2!r})",
+        "import os; os.rename({2!r}, {0!r})",
+        "import os; os.truncate({2!r}, 0)",
+        "import os; os.chmod({2!r}, 0)",
+        "import shutil; shutil.rmtree({1!r})",
+        "import pathlib; pathlib.Path({2!r}).unlink()",
+    ],
+)
+def test_nothing_is_written_outside_the_folder(attempt, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    program = attempt.format(str(tmp_path / "outside"), str(tmp_path), str(tmp_path / "kept"))
+    outcome = sandbox.run(program, QUICK)
+    assert not outcome.passed and "Error" in outcome.reason, outcome
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"kept": "kept"}
+    assert not (tmp_path.parent / "outside").exists()
+
+
+def test_inside_its_folder_a_candidate_may_write():
+    program = (
+        "import os\nopen('a', 'w').write('x')\nos.mkdir('b')\nos.rename('a', 'b/c')\n"
+        "assert open('b/c').read() == 'x'\nprint('x' * 100_000)\nos.remove('b/c')\n"
+    )
+    assert sandbox.run(program, QUICK) == sandbox.Outcome(True, "passed")
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="Landlock and network namespaces are Linux's"
+)
+def test_the_kernel_refuses_too(tmp_path):
+    """What gets around Python's hook, where the kernel knows Landlock and lets users make namespaces."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(candidate.__file__).parent)!r})\n"
+        "import candidate, os, socket, ctypes\n"
+        "candidate.isolate(os.getcwd())\n"
+        "open('inside', 'w').close()\n"
+        f"try: open({str(tmp_path / 'outside')!r}, 'w'); print('written')\n"
+        "except PermissionError: print('refused')\n"
+        "print(','.join(name for _, name in socket.if_nameindex()))\n"
+    )
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=inside, capture_output=True, text=True, check=True
+    )
+    written, interfaces = done.stdout.splitlines()
+    if written == "written":
+        pytest.skip("this kernel has no Landlock")
+    assert written == "refused" and not (tmp_path / "outside").exists()
+    assert set(interfaces.split(",")) <= {"lo"} or os.geteuid() != 0
+
+
+def test_data_that_does_not_fit_is_named(tmp_path):
+    file = tmp_path / "data.jsonl"
+    for content, message in [
+        ("", "no rows"),
+        ("{", "line 1 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
+        ('{"question": "x"}\n', "row 1 has no answer, as triviaqa needs"),
+        ('{"question": "x", "answer": {"value": "y"}}\n', "row 1 has no list of answer.aliases"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            tasks.rows(TRIVIAQA, file, None)
+    assert len(tasks.rows(TRIVIAQA, FILES["triviaqa"], 1)) == 1
+
+
+def test_intervals():
+    low, high = interval([1.0] * 30 + [0.0] * 70)
+    assert (round(low, 3), round(high, 3)) == (0.219, 0.396)  # Wilson's, 30 of 100
+    assert interval([0.0] * 10)[0] == 0.0 < interval([0.0] * 10)[1]
+    low, high = interval([0.5] * 50 + [1.0] * 50)
+    assert 0.69 < low < 0.75 < high < 0.81
+
+
+def test_mean_flops(demo_pair, monkeypatch):
+    pair = demo_pair[0]
+    monkeypatch.setattr(pair, "min_prompt_tokens", 1)
+    flops = [ttft_flops(pair, n) for n in (20, 40, 40)]
+    assert mean_flops(pair, "exact", [20, 40, 40]) == pytest.approx(sum(f.exact for f in flops) / 3)
+    assert mean_flops(pair, "predicted", [20, 40, 40]) == pytest.approx(sum(f.predicted for f in flops) / 3)
+    assert mean_flops(pair, "auxiliary", [20]) == flops[0].auxiliary
+    monkeypatch.setattr("kvpred_mlx.bench.evaluate.scores.FLOPS_LENGTHS", 3)
+    lengths = range(20, 61, 10)  # more than are counted one by one
+    expected = sum(ttft_flops(pair, n).predicted for n in lengths) / len(lengths)
+    assert mean_flops(pair, "predicted", list(lengths)) == pytest.approx(expected, rel=1e-3)
+
+
+def arguments(folder, *extra, tasks="triviaqa,humaneval"):
+    data = [f"--data={name}={FILES[name]}" for name in FILES if name in tasks]
+    return [
+        "eval",
+        "--tasks",
+        tasks,
+        *data,
+        "-m",
+        4,
+        "--output-dir",
+        folder,
+        "--confirm-run-unsafe-code",
+        *extra,
+    ]
+
+
+def test_a_whole_run(run, tmp_path):
+    code, out, err = run(*arguments(tmp_path / "out", "--limit", 1, "--num-samples", 0, "--json"))
+    assert code == 0, err
+    results = json.loads(out)
+    assert results == json.loads((tmp_path / "out/results.json").read_text())
+    assert results["complete"] and (tmp_path / "out/quality.png").stat().st_size > 10_000
+    rows = {(r["task"], r["metric"], r["mode"]): r for r in results["rows"]}
+    metrics = [("triviaqa", "exact_match"), ("humaneval", "pass@1")]
+    assert set(rows) == {(*m, mode) for m in metrics for mode in ("exact", "predicted", "auxiliary")}
+    for row in rows.values():
+        assert row["items"] == 1 and 0 <= row["score"] <= 1
+        assert row["ttft"] > 0 and row["prompt_tokens"] > 4
+    flops = [
+        rows["triviaqa", "exact_match", mode]["ttft_flops"] for mode in ("exact", "predicted", "auxiliary")
+    ]
+    assert flops[0] > flops[1] > flops[2] > 0
+    items = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()[1:]]
+    assert len(items) == 6 and len(items[-1]["answers"]) == len(items[-1]["reasons"]) == 1
+
+
+def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    options = ["--modes", "exact,predicted", "--no-plot"]
+    whole_answer, answered = Evaluation._answer, []
+
+    def answer(self, model, *rest):
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        answered.append(model)
+        return whole_answer(self, model, *rest)
+
+    monkeypatch.setattr(Evaluation, "_answer", answer)
+    assert run(*arguments(folder, *options, tasks="triviaqa"))[0] == 130
+    journal = folder / "items.jsonl"
+    assert len(journal.read_text().splitlines()) == 1 + 3
+    with journal.open("a") as file:
+        file.write('{"task": "triviaqa", "mode": "predi')  # killed while it wrote
+    answered.clear()
+    code, out, _ = run(*arguments(folder, *options, tasks="triviaqa"))
+    assert code == 0 and len(answered) == 1
+    assert "triviaqa exact_match" in out.replace("\n", " ") or "exact_match" in out
+    answered.clear()
+    assert run(*arguments(folder, "--modes", "exact,auxiliary", "--no-plot", tasks="triviaqa"))[0] == 0
+    assert len(answered) == 2, "a mode more"
+    fails_at_the_end(
+        run(*arguments(folder, "--seed", 1, tasks="triviaqa")), "seed was 0 and is 1", "--output-dir"
+    )
+
+
+def fails_at_the_end(result, *parts):
+    code, _, err = result
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("kvpred-mlx: error: ") and "Traceback" not in err
+    assert all(part in last for part in parts), last
+
+
+def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
+    """The exact mode answers rightly, the predicted one half of the time: the scores and the retention say so."""
+    answers = {"Question: Which": " mars", "Question: Who": " Bram Stoker"}
+    right = {row["prompt"]: row["canonical_solution"] for row in ROWS["humaneval"]}
+    pair, tokenizer = demo_pair
+
+    def answer(self, model, task, prompt, sampler):
+        text = tokenizer.decode(prompt[1:])
+        known = next((a for q, a in {**answers, **right}.items() if text.strip().startswith(q.strip())), "")
+        wrong = not pair.exact and (text.startswith("Question: Who") or "largest" in text)
+        return ("    pass\n" if wrong else known), 0.1
+
+    monkeypatch.setattr(Evaluation, "_answer", answer)
+    settings = Settings(tasks=["triviaqa", "humaneval"], modes=["exact", "predicted"], data=FILES)
+    results = Evaluation(pair, tokenizer, "pair", settings, tmp_path).run()
+    scores = {(r["metric"], r["mode"]): (r["score"], r["retention"]) for r in results["rows"]}
+    for metric in ("exact_match", "pass@1", "pass@10"):
+        assert scores[metric, "exact"] == (1.0, 1.0)
+        assert scores[metric, "predicted"] == (0.5, 0.5)
+    assert pair.min_prompt_tokens > 1 and not pair.exact
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
+    assert len(items[-1]["answers"]) == len(items[-1]["reasons"]) == 11
+
+
+def test_prompts_that_are_too_long_score_nothing(demo_pair, tmp_path):
+    settings = Settings(tasks=["triviaqa"], modes=["exact"], data=FILES, max_tokens=2)
+    results = Evaluation(*demo_pair, "pair", settings, tmp_path, context=8).run()
+    assert results["rows"][0]["score"] == 0 and results["rows"][0]["ttft"] is None
+    json.dumps(results, allow_nan=False)
+
+
+def test_journals_of_something_else(tmp_path):
+    (tmp_path / "items.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="not a journal"):
+        Journal(tmp_path / "items.jsonl", {})
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+{rest}
+metadata:
+  version: 1.0
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+UNTIL = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[gold]}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 6
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture
+def lm_eval_tasks(tmp_path, monkeypatch):
+    """A folder with two of lm-eval's tasks on local data."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, rest in (("local_choices", CHOICES), ("local_until", UNTIL)):
+        text = TASK.format(name=name, data=DATA / "eval/choices.jsonl", rest=rest)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_tasks_of_lm_eval(run, lm_eval_tasks, tmp_path):
+    options = ["--include-path", lm_eval_tasks, "--output-dir", tmp_path / "out", "--json", "--no-plot"]
+    code, out, err = run("eval", "--tasks", "local_choices,local_until", *options)
+    assert code == 0, err
+    rows = {(r["task"], r["metric"], r["mode"]): r for r in json.loads(out)["rows"]}
+    modes = ("exact", "predicted", "auxiliary")
+    assert set(rows) == {
+        (t, m, mode) for t, m in (("local_choices", "acc"), ("local_until", "exact_match")) for mode in modes
+    }
+    for mode in modes:
+        assert rows["local_choices", "acc", mode]["score"] in (0.0, 0.5, 1.0)
+        assert rows["local_choices", "acc", mode]["ttft"] > 0
+        assert rows["local_choices", "acc", mode]["items"] == 2
+    code, _, err = run("eval", "--tasks", "nothing_known", *options)
+    assert code == 2 and "nothing_known: not triviaqa nor humaneval, and not known to lm-eval" in err
+
+
+def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):
+    """Predicted: the context's cache is predicted but for its last token; the continuation is the base's."""
+    model = pytest.importorskip("kvpred_mlx.bench.evaluate.lm_eval_model")
+    pair, tokenizer = demo_pair
+    monkeypatch.setattr(pair, "min_prompt_tokens", 1)
+    context, rest = tokenizer.encode(ROWS["humaneval"][1]["prompt"]), tokenizer.encode("    return max(")[1:]
+
+    def score(of):
+        lm = model.LoadedLM(of, tokenizer, 1, None)
+        logprobs, cache = lm._process_prompt(context)
+        found = lm._score_fn(mx.array([rest]), cache=cache)[0]
+        return logprobs[0, rest[0]].item() + found.sum().item()
+
+    def reference():
+        cache = pair.make_cache()
+        pair(mx.array([context[:-1]]), cache=cache)
+        total, token = 0.0, context[-1]
+        for following in rest:
+            logits = pair(mx.array([[token]]), cache=cache)[0, -1]
+            total += (logits - mx.logsumexp(logits))[following].item()
+            token = following
+        return total
+
+    assert score(pair) == pytest.approx(reference(), abs=1e-2)
+    with Mode(exact=True).applied(pair):
+        assert score(pair) == pytest.approx(score(pair.base), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["--tasks", "humaneval"], ["--confirm-run-unsafe-code"]),
+        (["--tasks", "triviaqa,,"], ["--tasks"]),
+        (["--modes", "fast"], ["--modes", "'fast'", "exact-last"]),
+        (["--num-samples", "5"], ["--num-samples", "0, or 10"]),
+        (["--data", "no.jsonl"], ["--data", "no.jsonl: no such file"]),
+        (["--data", f"gsm8k={FILES['triviaqa']}"], ["--data", "no such file"]),
+        (["--limit", "0"], ["--limit"]),
+    ],
+)
+def test_wrong_usage(run, given, parts):
+    fails(run("eval", *given), 2, *parts)
+
+
+def test_no_hub_is_one_line(tmp_path):
+    environment = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "kvpred_mlx",
+        "eval",
+        "--tasks",
+        "triviaqa",
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    fails_at_the_end(
+        (done.returncode, done.stdout, done.stderr), "mandarjoshi/trivia_qa", "--data takes a file"
+    )
