@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvpred_mlx.bench import corpus
+from kvpred_mlx.bench import corpus, machine
 from kvpred_mlx.bench.flops import ttft_flops
 from kvpred_mlx.bench.measure import generate
-from kvpred_mlx.bench.pretrain import show
+from kvpred_mlx.bench.pretrain import Curriculum, show
 from kvpred_mlx.bench.statistics import paired_ratio
 from kvpred_mlx.data import PackedSequences, encode
 from kvpred_mlx.fit import FitSettings, fit
@@ -29,12 +29,14 @@ from kvpred_mlx.loading import load, save
 from kvpred_mlx.loop import Settings
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.pairing import join, load_part
-from kvpred_mlx.quality import SCORE_TOKENS, cut_windows, measure
+from kvpred_mlx.quality import SCORE_TOKENS, cut_windows, measure, modes_of
 from kvpred_mlx.sources import SOURCES
 from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
 
 LENGTHS = (192, 448)
 TRIALS = 7
+WINDOWS = 100
+FIT_TOKENS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,13 @@ def make(folder: Path, variant: Variant) -> KVPredictionModel:
     if not path.exists():
         base, auxiliary = (load_part(str(folder / role)) for role in ("base", "auxiliary"))
         rows = PackedSequences(np.load(folder / "rows.npy"))
-        settings = FitSettings(source=variant.source, layer_map=variant.layer_map)
+        settings = FitSettings(FIT_TOKENS, source=variant.source, layer_map=variant.layer_map)
         pair = join(base, auxiliary, fit(base.model, auxiliary.model, rows, settings).predictor)
         if variant.steps:
-            training = Settings(variant.steps, 8, 1e-3, 0.02, warmup=20, dtype=default_dtype())
+            training = Settings(variant.steps, 4, 1e-3, 0.02, warmup=20, dtype=default_dtype())
+            halves = Curriculum(rows.rows, variant.steps)
             with restored_types(pair):
-                joint_trainer(pair, rows, training, state_folder=path.with_suffix(".state")).run(show)
+                joint_trainer(pair, halves, training, state_folder=path.with_suffix(".state")).run(show)
         save(path, pair, base.tokenizer)
     return load(path)[0]
 
@@ -78,21 +81,25 @@ def compare(folder: Path, steps: int) -> dict[str, Any]:
     tokenizer = load_part(str(folder / "base")).tokenizer
     ids = encode(tokenizer, corpus.read(folder / "heldout.jsonl"))
     made = {variant: make(folder, variant) for variant in variants(steps)}
-    windows = {n: cut_windows(ids, n, SCORE_TOKENS, tokenizer) for n in LENGTHS}
-    found = []
-    times = {n: _times(made, mx.array(windows[n].prompts[:1])) for n in LENGTHS}
-    for variant, pair in made.items():
-        entry: dict[str, Any] = dataclasses.asdict(variant) | {"lengths": {}}
-        for n in LENGTHS:
-            quality = measure(pair, windows[n])
-            entry["lengths"][n] = {
-                "quality": dataclasses.asdict(quality),
-                "flops_ratio": ttft_flops(pair, n).ratio,
-                "times_sooner": times[n][variant],
-            }
-        found.append(entry)
-        print(_row(entry), flush=True)
-    return {"schema": 1, "trained_steps": steps, "variants": found}
+    first = next(iter(made.values()))
+    alone = {name: mode for name, mode in modes_of(first).items() if name in ("exact", "no prompt")}
+    predicted = {variant.name: modes_of(pair)["predicted"] for variant, pair in made.items()}
+    found: dict[Variant, dict[str, Any]] = {v: dataclasses.asdict(v) | {"lengths": {}} for v in made}
+    for n in LENGTHS:
+        windows = cut_windows(ids, n, SCORE_TOKENS, tokenizer, WINDOWS)
+        quality = measure(first, windows, alone | predicted)
+        times = _times(made, mx.array(windows.prompts[:1]))
+        for variant, pair in made.items():
+            figures = {name: dataclasses.asdict(e) for name, e in quality.modes[variant.name].items()}
+            found[variant]["lengths"][n] = {
+                "quality": figures, "flops_ratio": ttft_flops(pair, n).ratio, "times_sooner": times[variant],
+            }  # fmt: skip
+    return {
+        "schema": 1,
+        "fit_tokens": FIT_TOKENS,
+        "machine": machine.describe(),
+        "variants": list(found.values()),
+    }
 
 
 def _times(made: dict[Variant, KVPredictionModel], tokens: mx.array) -> dict[Variant, dict[str, float]]:
@@ -121,7 +128,7 @@ def markdown(results: dict[str, Any]) -> str:
 def _row(entry: dict[str, Any]) -> str:
     rows = []
     for n, figures in entry["lengths"].items():
-        predicted, sooner = figures["quality"]["modes"]["predicted"], figures["times_sooner"]
+        predicted, sooner = figures["quality"], figures["times_sooner"]
         retention = predicted["retention"]
         rows.append(
             f"| {entry['source']} | {entry['layer_map']} | {entry['steps'] or 'no'} | {n} "
@@ -136,7 +143,7 @@ def main() -> None:
     """Compare, and write `results.json` beside the variants."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--output", type=Path, default=Path("sources.json"))
     a = parser.parse_args()
     results = compare(a.folder, a.steps)

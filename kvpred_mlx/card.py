@@ -26,23 +26,25 @@ class CardFacts:
     """What a model card says beside the figures.
 
     Args:
-        name: the pair's.
-        base, auxiliary: names of the two models, as the maker gave them.
+        name: the model's.
+        base, auxiliary: names of a pair's two models, as the maker gave them, if they are known.
         made: sentences on how it was made.
         licence: of the pair, if it is known.
     """
 
     name: str
-    base: str
-    auxiliary: str
+    base: str | None = None
+    auxiliary: str | None = None
     made: Sequence[str] = field(default_factory=tuple)
     licence: str | None = None
 
 
-def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality]) -> None:
-    """Write `README.md` into a pair's directory."""
+def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality] = ()) -> None:
+    """Write `README.md` into a model's directory."""
     repositories = [
-        name for name in (facts.base, facts.auxiliary) if name.count("/") == 1 and name[0] not in "./~"
+        name
+        for name in (facts.base, facts.auxiliary)
+        if name and name.count("/") == 1 and name[0] not in "./~"
     ]
     data = ModelCardData(
         library_name="mlx", tags=["mlx", "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
@@ -53,12 +55,10 @@ def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality]) -> No
 
 def card_text(facts: CardFacts, figures: Iterable[Quality]) -> str:
     """The card's text: what it is, how to run it, how it was made, what it costs in quality."""
+    models = f": base {facts.base}, auxiliary {facts.auxiliary}" if facts.base else ""
     parts = [
         f"# {facts.name}",
-        (
-            f"A KV Prediction pair ([arXiv 2410.08391](https://arxiv.org/abs/2410.08391)) for kvpred-mlx: base "
-            f"{facts.base}, auxiliary {facts.auxiliary}."
-        ),
+        f"A model for kvpred-mlx (KV Prediction, [arXiv 2410.08391](https://arxiv.org/abs/2410.08391)){models}.",
         f'```bash\npip install kvpred-mlx\nkvpred-mlx generate --model {facts.name} --prompt "..."\n```',
         *facts.made,
     ]

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-CARD = "README.md"
-HOW_TO_RUN = """
-# {name}
-
-An MLX model for kvpred-mlx (KV Prediction,
-[arXiv 2410.08391](https://arxiv.org/abs/2410.08391)). {made}
-
-```bash
-pip install kvpred-mlx
-kvpred-mlx generate --model {name} --prompt "..."
-```
-"""
+from kvpred_mlx.card import CARD, CardFacts, write_card
+from kvpred_mlx.loading import one_line
 
 
 def check_access(repo_id: str) -> None:
@@ -31,7 +21,7 @@ def check_access(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise ValueError(f"{repo_id!r} is no repository's name: {_one_line(error)}") from error
+        raise ValueError(f"{repo_id!r} is no repository's name: {one_line(error)}") from error
     try:
         HfApi().whoami()
     except Exception as error:
@@ -53,7 +43,7 @@ def upload(path: Path, repo_id: str, made: str = "") -> str:
         raise FileNotFoundError(f"{path}: no config.json, so not a model directory")
     check_access(repo_id)
     if not (path / CARD).exists():
-        card(repo_id, made).save(path / CARD)
+        write_card(path, CardFacts(repo_id, made=[made] if made else []))
     api = HfApi()
     try:
         address = api.create_repo(repo_id, exist_ok=True)
@@ -63,18 +53,6 @@ def upload(path: Path, repo_id: str, made: str = "") -> str:
     return str(address)
 
 
-def card(name: str, made: str = "") -> ModelCard:
-    """A card that says how to run the model; those of fitted and trained pairs have figures, too."""
-    data = ModelCardData(
-        library_name="mlx", pipeline_tag="text-generation", tags=["mlx", "kvpred-mlx", "kv-prediction"]
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{HOW_TO_RUN.format(name=name, made=made)}")
-
-
 def _failure(repo_id: str, error: Exception) -> OSError:
     """Whatever the hub's client raises: some errors are of the HTTP library that it happens to use."""
-    return OSError(f"{repo_id}: the Hugging Face hub refused: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return OSError(f"{repo_id}: the Hugging Face hub refused: {one_line(error)}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvpred_mlx.cli.making import UploadRepo
+
 
 def fit(
     data: Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")],
@@ -36,6 +38,7 @@ def fit(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
     ] = False,
+    upload_repo: UploadRepo = None,
 ) -> None:
     """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
     from kvpred_mlx.cli import making
@@ -50,7 +53,7 @@ def fit(
         check_source(source or DEFAULT)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--source") from error
-    making.check_writable(mlx_path, overwrite)
+    making.check_output(mlx_path, overwrite, upload_repo)
     training, held_out = making.read_data(data, text_key)
     first, second = making.load_models(base, auxiliary, auxiliary_layers)
     depths = len(KVTaps(first.model)), len(KVTaps(second.model))
@@ -70,4 +73,6 @@ def fit(
             f"in closed form on {fitted.tokens:,} tokens with `kvpred-mlx fit`; it was not trained."
         )
     ]
-    making.save_pair(mlx_path, pair, first.tokenizer, (first.name, second.name), made, figures, overwrite)
+    making.save_pair(
+        mlx_path, pair, first.tokenizer, (first.name, second.name), made, figures, overwrite, upload_repo
+    )

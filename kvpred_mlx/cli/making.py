@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpred_mlx.quality import Quality
 
 Progress = Callable[[int, int], None]
+UploadRepo = Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")]
 
 
 @contextmanager
@@ -107,12 +108,15 @@ def prompt_lengths(max_seq_length: int) -> list[int]:
     return sorted({n for n in (longest // 2, longest) if n > 1})
 
 
-def check_writable(mlx_path: Path, overwrite: bool) -> None:
-    """Refuse a path that cannot be written before hours are spent on what should go there."""
+def check_output(mlx_path: Path, overwrite: bool, upload_repo: str | None) -> None:
+    """Refuse a path or a repository that cannot be written before hours are spent on what should go there."""
     import os
 
     from kvpred_mlx.files import check_absent
+    from kvpred_mlx.hub import check_access
 
+    if upload_repo is not None:
+        check_access(upload_repo)
     check_absent(mlx_path, overwrite)
     parent = next(p for p in mlx_path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
@@ -127,17 +131,21 @@ def save_pair(
     made: list[str],
     figures: list[Quality],
     overwrite: bool,
+    upload_repo: str | None,
 ) -> None:
-    """Save a pair with its model card and figures, and say so."""
+    """Save a pair with its model card and figures, upload it if asked to, and say so."""
     from kvpred_mlx.card import CardFacts, write_card
+    from kvpred_mlx.hub import upload
     from kvpred_mlx.loading import save
 
     def extras(folder: Path) -> None:
-        write_card(folder, CardFacts(mlx_path.name, *names, made), figures)
+        write_card(folder, CardFacts(upload_repo or mlx_path.name, *names, made), figures)
 
     save(mlx_path, pair, tokenizer, overwrite=overwrite, extras=extras)
     show_figures(figures)
     print(f"{mlx_path}: {sum(f.stat().st_size for f in mlx_path.iterdir()) / 1e6:.1f} MB")
+    if upload_repo is not None:
+        print(upload(mlx_path, upload_repo))
 
 
 def show_figures(figures: list[Quality]) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+
 
 def quality(
     pair: Annotated[
@@ -28,6 +30,9 @@ def quality(
         ),
     ] = False,
     text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
@@ -41,8 +46,12 @@ def quality(
     lengths = numbers("--prompt-tokens", prompt_tokens or ["192"], 2)
     if data is None:
         raise typer.BadParameter("missing, expected text, JSONL or a directory", param_hint="--data")
+    dial(
+        exact_first, exact_last, exact_top, None
+    )  # what is wrong with them is said before anything is loaded
     path = find_pair(pair or DEMO_PAIR)
     model, tokenizer = load(path)
+    set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
     training, held_out = making.read_data(data, text_key)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.making import UploadRepo
+
 if TYPE_CHECKING:
     from kvpred_mlx.loop import Report, Settings
     from kvpred_mlx.model import KVPredictionModel
@@ -71,6 +73,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
     ] = False,
+    upload_repo: UploadRepo = None,
 ) -> None:
     """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
     from kvpred_mlx.cli import making
@@ -80,7 +83,7 @@ def train(
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
-    making.check_writable(mlx_path, overwrite)
+    making.check_output(mlx_path, overwrite, upload_repo)
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
         shutil.rmtree(states, ignore_errors=True)
@@ -116,7 +119,7 @@ def train(
         *begun,
         f"Auxiliary and predictor were trained together on {tokens:,} tokens with `kvpred-mlx train`.",
     ]
-    making.save_pair(mlx_path, pair, tokenizer, names, made, figures, overwrite)
+    making.save_pair(mlx_path, pair, tokenizer, names, made, figures, overwrite, upload_repo)
     shutil.rmtree(states, ignore_errors=True)
 
 
