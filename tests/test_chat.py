@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -147,14 +148,14 @@ class Terminal:
         os.close(theirs)
         self.seen = b""
 
-    def expect(self, text, seconds=60):
-        """Read until `text` has been shown since the last call."""
+    def expect(self, pattern, seconds=120):
+        """Read until `pattern` has been shown since the last call."""
         until = time.monotonic() + seconds
-        while text.encode() not in self.seen:
-            assert time.monotonic() < until, f"no {text!r} in {self.seen!r}"
+        while not (found := re.search(pattern.encode(), self.seen)):
+            assert time.monotonic() < until, f"no {pattern!r} in {self.seen!r}"
             if select.select([self._fd], [], [], 0.5)[0]:
                 self.seen += os.read(self._fd, 4096)
-        self.seen = self.seen.partition(text.encode())[2]
+        self.seen = self.seen[found.end() :]
 
     def type(self, text):
         os.write(self._fd, text.encode())
@@ -166,13 +167,13 @@ class Terminal:
 
 
 def test_on_a_terminal_ctrl_c_interrupts_the_answer_only():
-    terminal = Terminal("-m", "200")
+    terminal = Terminal("-m", "400")
     try:
         terminal.expect("/exit")
         terminal.expect(READY)
         terminal.type("def read(path):\n")
-        terminal.expect("(path):")
-        time.sleep(0.2)  # the answer has begun, and has most of 200 tokens to go
+        terminal.expect(r"\(path\):")
+        terminal.expect("[a-z_]{3}")  # the answer has begun, and has most of 400 tokens to go
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.expect("interrupted")
         terminal.expect(READY)
