@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvpred_mlx.exact import ExactPositions
+
 if TYPE_CHECKING:
     from kvpred_mlx.model import KVPredictionModel
 
@@ -27,12 +29,12 @@ class Mode:
     """
 
     exact: bool = False
-    positions: Any = None
+    positions: ExactPositions | None = None
 
     @classmethod
     def of(cls, pair: KVPredictionModel) -> Mode:
         """The mode that `pair` is in."""
-        return cls(pair.exact, getattr(pair, "exact_positions", None) or None)
+        return cls(pair.exact, pair.exact_positions or None)
 
     @classmethod
     def parse(cls, name: str) -> Mode:
@@ -108,11 +110,7 @@ class Mode:
         return {field: getattr(self.positions, field) for field in _DIAL} if self.positions else {}
 
 
-def _positions(fields: dict[str, Any]) -> Any:
-    try:
-        from kvpred_mlx.exact import ExactPositions
-    except ImportError as error:
-        raise ValueError("this version of kvpred-mlx cannot mix exact and predicted positions") from error
+def _positions(fields: dict[str, Any]) -> ExactPositions | None:
     return ExactPositions(**fields) or None
 
 

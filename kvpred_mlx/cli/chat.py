@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
 
 if TYPE_CHECKING:
@@ -31,11 +32,17 @@ def chat(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens of an answer.")] = 256,
     system_prompt: Annotated[str | None, typer.Option(help="System prompt for the chat template.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Begin with /exact on.")] = False,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     draft: DraftOption = None,
     num_draft_tokens: NumDraftTokensOption = 3,
 ) -> None:
     """Chat: each answer begins with a predicted prompt cache, and ends with its TTFT."""
     check_draft(draft)
+    dial(
+        exact_first, exact_last, exact_top, None
+    )  # what is wrong with them is said before anything is loaded
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -47,6 +54,7 @@ def chat(
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, so it cannot chat")
     model.exact = exact
+    set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
     mx.random.seed(seed)
     special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
     options: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -24,6 +25,9 @@ def serve(
     exact: Annotated[
         bool, typer.Option("--exact", help="The base alone, where a request says nothing.")
     ] = False,
+    exact_first: ExactFirst = None,
+    exact_last: ExactLast = None,
+    exact_top: ExactTop = None,
     draft: DraftOption = None,
     num_draft_tokens: NumDraftTokensOption = 3,
     log_level: Annotated[str, typer.Option(help=", ".join(LEVELS) + ".")] = "INFO",
@@ -52,6 +56,9 @@ def serve(
 ) -> None:
     """Serve OpenAI's completions and chat completions over HTTP, prompts predicted."""
     check_draft(draft)
+    dial(
+        exact_first, exact_last, exact_top, None
+    )  # what is wrong with them is said before anything is loaded
     if log_level.upper() not in LEVELS:
         raise typer.BadParameter(f"{log_level!r}, expected {', '.join(LEVELS)}", param_hint="--log-level")
     if kv_bits not in (None, 2, 3, 4, 6, 8):
@@ -75,6 +82,7 @@ def serve(
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, so it cannot be served")
     model.exact = exact
+    set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
     settings = Settings(
         host=host, port=port, allowed_origins=allowed_origins.split(","), draft=draft,
