@@ -27,7 +27,7 @@ from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
 from kvpred_mlx.fit import FitSettings, fit
-from kvpred_mlx.loading import load, save
+from kvpred_mlx.loading import DEMO_PAIR, load, save
 from kvpred_mlx.loop import Settings, Trainer
 from kvpred_mlx.pairing import join, load_part
 from kvpred_mlx.quality import SCORE_TOKENS, Quality, cut_windows, measure
@@ -38,6 +38,7 @@ VOCABULARY = 4096
 PROMPT_TOKENS = (192, 448)
 BITS, GROUP_SIZE = 8, 32
 NAME = "pycode"
+PROMPT = DEMO_PAIR / "prompt.txt"
 MADE = (
     (
         "A demonstration that is small enough to ship: it writes Python-shaped text, no more. `make demo-pair` is the whole "
@@ -122,9 +123,8 @@ class Recipe:
         budget = self.budget(role)
         options = ["--minutes", str(budget.minutes), "--batch-size", str(self.batch_size)]
         options += ["--iters", str(budget.iters)] if budget.iters else []
+        options += ["--tokenizer", str(self.folder / "tokenizer")]
         subprocess.run([*map(str, command), *options], check=True)
-        for file in (self.folder / "tokenizer").iterdir():
-            shutil.copy(file, out)
 
     def join(self) -> None:
         """The closed-form fit, then joint training."""
@@ -166,13 +166,22 @@ class Recipe:
         save(self.folder / "quantized", pair, tokenizer, overwrite=True)
         figures = self.figures(self.folder / "quantized")
 
+        made = [*MADE, self._effort()]
+
         def extras(folder: Path) -> None:
-            write_card(
-                folder, CardFacts(NAME, "made by the recipe", "made by the recipe", MADE, "mit"), figures
-            )
+            write_card(folder, CardFacts(NAME, made=made, licence="mit"), figures)
+            shutil.copy(PROMPT, folder)
 
         save(out, pair, tokenizer, extras=extras)
         return out
+
+    def _effort(self) -> str:
+        """How long each training was."""
+        steps = {
+            t: json.loads((self.folder / f"{t}.state" / "plan.json").read_text())["iters"] for t in SHARES
+        }
+        said = ", ".join(f"{training} {count}" for training, count in steps.items())
+        return f"Steps of {self.batch_size} rows of {CONTEXT} tokens, halved for the first part: {said}."
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,13 +147,14 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    """Train on `ROWS.npy` and write an mlx-lm model directory (its tokenizer is the recipe's business)."""
+    """Train on `ROWS.npy` and write an mlx-lm model directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--iters", type=int, help="steps, instead of what the minutes allow")
+    parser.add_argument("--tokenizer", type=Path, help="folder whose files are copied beside the model")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     a = parser.parse_args()
@@ -170,6 +172,8 @@ def main() -> None:
         with new_directory(a.out, overwrite=True) as directory:
             mlx_lm.utils.save_model(directory, model)
             mlx_lm.utils.save_config(config, directory / "config.json")
+            for file in a.tokenizer.iterdir() if a.tokenizer else ():
+                shutil.copy(file, directory)
 
 
 if __name__ == "__main__":
