@@ -25,6 +25,7 @@ STYLES = {
     "random": ("tab:pink", "v", ":"),
     "pruned": ("tab:gray", "d", "-."),
 }
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 AXES = {"flops": "FLOPs, share of the base's", "ttft": "TTFT, share of the base's"}
 
 
@@ -66,6 +67,10 @@ def _lines(axes: Any, results: Results, n: int, axis: str, name: str | None) -> 
             style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1}
             axes.errorbar(x, y, yerr=spans, elinewidth=0.5, label=METHODS[method].title, **style)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    smallest = min(c[axis] / exact[axis] for c in _at(results, n) if c[axis])
+    axes.set_xlim(0.8 * smallest, 1.2)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=7)
 

@@ -67,13 +67,13 @@ def table(results: Results) -> Table:
     made.add_column("tokens", justify="right", no_wrap=True)
     made.add_column("method", no_wrap=True)
     for name in ("fewer FLOPs", "sooner", *FIGURES.values()):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", min_width=5 if name == "fewer FLOPs" else 9)
     last = None
     for cell in results["cells"]:
         if last not in (None, cell["prompt_tokens"]):
             made.add_section()
         last = cell["prompt_tokens"]
-        made.add_row(str(last), label(cell), *_values(results, cell))
+        made.add_row(str(last), label(cell), *_values(results, cell, short=True))
     return made
 
 
@@ -121,20 +121,22 @@ def exact_cell(results: Results, prompt_tokens: int) -> Cell:
     return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
 
 
-def _values(results: Results, cell: Cell) -> Iterator[str]:
+def _values(results: Results, cell: Cell, short: bool = False) -> Iterator[str]:
     if cell["skipped"]:
         yield from ["skipped", *[""] * (1 + len(FIGURES))]
         return
     yield f"{exact_cell(results, cell['prompt_tokens'])['flops'] / cell['flops']:.2f}"
-    yield _interval(cell["sooner"], "median", "{:.2f}")
+    yield _interval(cell["sooner"], "median", "{:.2f}", short)
     for name in FIGURES:
-        yield _interval(figure(cell, name), "mean", "{:.3f}")
+        yield _interval(figure(cell, name), "mean", "{:.3f}", short)
 
 
-def _interval(found: dict[str, float] | None, middle: str, form: str) -> str:
+def _interval(found: dict[str, float] | None, middle: str, form: str, short: bool) -> str:
     if found is None:
         return ""
     show: Callable[[float], str] = form.format
+    if short:  # a terminal has 80 columns
+        return f"{show(found[middle])}\n{found['low']:.2f}-{found['high']:.2f}"
     return f"{show(found[middle])} ({show(found['low'])} to {show(found['high'])})"
 
 

@@ -32,6 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
         "layer_map": list(model.predictor.layer_map),
         "source": model.predictor.source,
         "min_prompt_tokens": model.min_prompt_tokens,
+        "exact_positions": model.exact_positions.as_dict() if model.exact_positions else None,
         "context_length": context_length(config),
         "tokenizer": any((path / name).exists() for name in TOKENIZER_FILES),
     }

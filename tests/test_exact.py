@@ -267,10 +267,10 @@ def test_windowed_bases_choose_chunk_by_chunk():
 
 @pytest.mark.parametrize(("base", "auxiliary"), [p for p in PAIRS if p[0] != "deepseek_v3"])
 @pytest.mark.parametrize("dial", [ExactPositions(2, 5), ExactPositions(1, 0.2, 0.25)], ids=str)
-def test_ragged_batches_equal_single_prompts(base, auxiliary, dial):
+@pytest.mark.parametrize("lengths", [(40, 75, 52), (50, 50)])
+def test_batches_equal_single_prompts(base, auxiliary, dial, lengths):
     model = make_pair(base, auxiliary, exact_positions=dial)
-    lengths = (40, 75, 52)
-    prompts = [tokens(n + 1, seed=n)[0].tolist() for n in lengths]
+    prompts = [tokens(n + 1, seed=i)[0].tolist() for i, n in enumerate(lengths)]
     generator = BatchGenerator(model, max_tokens=1)
     uids, done = generator.insert(prompts), {}
     while responses := generator.next_generated():

@@ -35,6 +35,9 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append(f"source:    {facts['source']}")
     lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
     lines.append(f"predicts prompts of {facts['min_prompt_tokens']} tokens or more")
+    if facts["exact_positions"]:
+        dial = ", ".join(f"{name} {value}" for name, value in facts["exact_positions"].items())
+        lines.append(f"exact positions by default: {dial}")
     lines.append(f"tokenizer: {'yes' if facts['tokenizer'] else 'none, token ids only'}")
     return "\n".join(lines)
 
