@@ -62,9 +62,9 @@ def read(path: Path) -> Results:
 def table(results: Results) -> Table:
     """One row for each cell."""
     title = f"{results['pair']['name']}: quality against TTFT"
-    caption = "fewer FLOPs and sooner: against the base alone; 95 % intervals in parentheses"
+    caption = "len: prompt tokens; fewer FLOPs and sooner: against the base alone; 95 % intervals"
     made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    made.add_column("tokens", justify="right", no_wrap=True)
+    made.add_column("len", justify="right", no_wrap=True)
     made.add_column("method", no_wrap=True)
     for name in ("fewer FLOPs", "sooner", *FIGURES.values()):
         made.add_column(name, justify="right", min_width=5 if name == "fewer FLOPs" else 9)
