@@ -16,7 +16,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.bench.flops import (
     Cost,
@@ -29,7 +28,7 @@ from kvpred_mlx.bench.flops import (
 from kvpred_mlx.bench.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
 from kvpred_mlx.exact import ExactPositions
 from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.quality import Mode
+from kvpred_mlx.quality import Mode, prefill_of
 from kvpred_mlx.shadows import layer_list_owners
 
 SINKS = 4
@@ -63,17 +62,6 @@ def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Mode:
         finally:
             pair.exact_positions = before
         return pair.base, cache[:-1]
-
-    return prefill
-
-
-def alone(model: nn.Module) -> Mode:
-    """A model that processes the whole prompt itself."""
-
-    def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
-        cache = make_prompt_cache(model)
-        model(prompt[:, :-1], cache=cache)
-        return model, cache
 
     return prefill
 
@@ -127,7 +115,7 @@ def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:
 
 METHODS: dict[str, Method] = {
     "exact": Method(
-        "base alone", lambda pair, budget: alone(pair.base),
+        "base alone", lambda pair, budget: prefill_of(pair.base),
         lambda pair, n, budget: full_prefill_flops(pair.base, n), budgets=False,
     ),
     "predicted": Method(
@@ -135,7 +123,7 @@ METHODS: dict[str, Method] = {
         lambda pair, n, budget: dial_flops(pair, ExactPositions(), n), budgets=False,
     ),
     "auxiliary": Method(
-        "auxiliary alone", lambda pair, budget: alone(pair.auxiliary),
+        "auxiliary alone", lambda pair, budget: prefill_of(pair.auxiliary),
         lambda pair, n, budget: full_prefill_flops(pair.auxiliary, n), budgets=False,
     ),
     "dial-last": _dial("dial: last", _last),
@@ -151,7 +139,7 @@ METHODS: dict[str, Method] = {
         lambda pair, budget: drop_all_but(pair, at_random(_last(budget).last_of, seed=0)), _kept,
     ),
     "pruned": Method(
-        "base with that share of layers", lambda pair, budget: alone(pruned(pair.base, budget)),
+        "base with that share of layers", lambda pair, budget: prefill_of(pruned(pair.base, budget)),
         lambda pair, n, budget: full_prefill_flops(pruned(pair.base, budget), n),
     ),
 }  # fmt: skip

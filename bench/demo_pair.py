@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 
 from kvpred_mlx.bench import corpus
-from kvpred_mlx.bench.pretrain import Budget, run
+from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, run
 from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
@@ -47,7 +48,7 @@ MADE = (
         "quantization."
     ),
 )
-SHARES = {"base": 0.62, "auxiliary": 0.13, "joint": 0.25}
+SHARES = {"base": 0.6, "auxiliary": 0.13, "joint": 0.2, "polished": 0.07}
 
 
 def nemotron(
@@ -126,32 +127,47 @@ class Recipe:
         options += ["--tokenizer", str(self.folder / "tokenizer")]
         subprocess.run([*map(str, command), *options], check=True)
 
-    def join(self) -> None:
-        """The closed-form fit, then joint training."""
-        out = self.folder / "joint"
+    def fit(self) -> None:
+        """The closed-form fit."""
+        out = self.folder / "fitted"
         if out.exists():
             return
         base, auxiliary = (load_part(str(self.folder / role)) for role in ("base", "auxiliary"))
-        rows = PackedSequences(np.load(self.folder / "rows.npy"))
-        fitted = fit(base.model, auxiliary.model, rows, FitSettings())
-        pair = join(base, auxiliary, fitted.predictor)
-        save(self.folder / "fitted", pair, base.tokenizer, overwrite=True)
+        fitted = fit(base.model, auxiliary.model, self._rows(), FitSettings())
+        save(out, join(base, auxiliary, fitted.predictor), base.tokenizer)
+
+    def train(self, stage: str, begin: str, learning_rate: float, short: float) -> None:
+        """Joint training of the pair in `begin`; under `mlx.launch` the first process saves.
+
+        Args:
+            short: the share of the steps that are taken on halved rows.
+        """
+        out = self.folder / stage
+        if out.exists():
+            return
+        pair, tokenizer = load(self.folder / begin)
         settings = Settings(
-            batch_size=self.batch_size, learning_rate=1e-3, warmup=50, end_learning_rate=0.02, save_every=50,
-            dtype=default_dtype(),
+            batch_size=self.batch_size, learning_rate=learning_rate, warmup=50, end_learning_rate=0.02,
+            save_every=50, dtype=default_dtype(),
         )  # fmt: skip
 
         def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
-            twin = load(self.folder / "fitted")[0] if states is None else pair
+            twin = load(self.folder / begin)[0] if states is None else pair
             return joint_trainer(twin, rows, settings, state_folder=states)
 
         with restored_types(pair):
-            run(trainer, rows, self.budget("joint"), settings, self.folder / "joint.state")
-        save(out, pair, base.tokenizer)
+            states = self.folder / f"{stage}.state"
+            group = run(trainer, self._rows(), self.budget(stage), settings, states, short).group
+        if not group.rank():
+            save(out, pair, tokenizer)
+
+    def _rows(self) -> PackedSequences:
+        return PackedSequences(np.load(self.folder / "rows.npy"))
 
     def figures(self, pair_folder: Path) -> list[Quality]:
         """Quality on the held-out modules, which no training has seen."""
         pair, tokenizer = load(pair_folder)
+        mlx_lm.utils.dequantize_model(pair)  # the same weights: MLX's CPU backend is slow on quantized ones
         ids = encode(tokenizer, corpus.read(self.folder / "heldout.jsonl"))
         return [measure(pair, cut_windows(ids, n, SCORE_TOKENS, tokenizer)) for n in PROMPT_TOKENS]
 
@@ -160,7 +176,7 @@ class Recipe:
         out = self.folder / "pair"
         if out.exists():
             return out
-        pair, tokenizer = load(self.folder / "joint")
+        pair, tokenizer = load(self.folder / "polished")
         with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
             mlx_lm.utils.quantize_model(pair, {}, group_size=GROUP_SIZE, bits=BITS)
         save(self.folder / "quantized", pair, tokenizer, overwrite=True)
@@ -189,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("demo-pair"))
     parser.add_argument("--minutes", type=float, default=60, help="of training, altogether")
-    parser.add_argument("--iters", help="steps of base, auxiliary and joint training instead: 1300,1200,500")
+    parser.add_argument("--iters", help="steps of the four trainings instead: 1300,1200,420,250")
     parser.add_argument("--batch-size", type=int, default=4)
     a = parser.parse_args()
     iters = dict(zip(SHARES, map(int, a.iters.split(",")), strict=True)) if a.iters else {}
@@ -197,8 +213,11 @@ def main() -> None:
     recipe.corpus()
     recipe.pretrain("base")
     recipe.pretrain("auxiliary")
-    recipe.join()
-    print(recipe.finish())
+    recipe.fit()
+    recipe.train("joint", "fitted", learning_rate=1e-3, short=SHORT_SHARE)
+    recipe.train("polished", "joint", learning_rate=5e-4, short=1)
+    if not mx.distributed.init().rank():
+        print(recipe.finish())
 
 
 if __name__ == "__main__":

@@ -75,8 +75,9 @@ def run(
     budget: Budget,
     settings: Settings,
     folder: Path,
+    short: float = SHORT_SHARE,
 ) -> Trainer:
-    """Train what `make` makes for as many steps as the budget allows, short rows first."""
+    """Train what `make` makes for as many steps as the budget allows, a share of them on short rows first."""
     plan = folder / "plan.json"
     if plan.exists():
         iters = json.loads(plan.read_text())["iters"]
@@ -86,7 +87,7 @@ def run(
         if not mx.distributed.init().rank():
             plan.write_text(json.dumps({"iters": iters}))
     trainer = make(
-        Curriculum(rows.rows, int(SHORT_SHARE * iters)), dataclasses.replace(settings, iters=iters), folder
+        Curriculum(rows.rows, int(short * iters)), dataclasses.replace(settings, iters=iters), folder
     )
     trainer.run(show)
     return trainer

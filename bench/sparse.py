@@ -83,7 +83,7 @@ def attended(pair: KVPredictionModel, count: Callable[[int], int], last: Callabl
     def columns(tokens: mx.array) -> mx.array:
         B, n = tokens.shape
         with pair.importance.listen() as heard:
-            pair._predict(tokens, pair.make_cache()[-1])
+            pair.predict(tokens, pair.make_cache()[-1])
         scores, end = heard.scores(n, n, [0]), n - last(n)
         best = choose(scores[:, :end], [count(n)] * B, [end] * B)
         return mx.concatenate([best, mx.broadcast_to(mx.arange(end, n), (B, n - end))], axis=1)

@@ -130,7 +130,7 @@ def prefill(
     aside = copy.deepcopy(base_cache) if short else None
     read = tokens if short else call.read
     with pair.importance.listen() if call.top else nullcontext(Heard()) as heard:
-        predicted = pair._predict(inputs[:, :read], entry) if read else []
+        predicted = pair.predict(inputs[:, :read], entry) if read else []
     entry.append(inputs)
 
     before, middle, after = (inputs[:, a:b] for a, b in pairwise((0, call.first, call.last, tokens)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +30,10 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_absent(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        beside.mkdir()  # in here: an interruption may come right after it
         yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
         _swap_in(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -47,9 +47,3 @@ def _swap_in(beside: Path, path: Path) -> None:
     path.rename(old)
     beside.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -89,7 +89,7 @@ class KVPredictionModel(nn.Module):
         if cache is None:
             if exact or inputs.shape[1] < self.min_prompt_tokens:
                 return self.base(inputs)
-            return self.base_taps.inject(self._predict(inputs), inputs, logits=True)
+            return self.base_taps.inject(self.predict(inputs), inputs, logits=True)
         if not isinstance(cache[-1], AuxiliaryCache):
             return self.base(inputs, cache=cache)
         *base_cache, entry = cache
@@ -150,7 +150,7 @@ class KVPredictionModel(nn.Module):
         """
         short = inputs.shape[1] < self.min_prompt_tokens
         aside = copy.deepcopy(base_cache) if short or self.base_taps.fused else None
-        predicted = self._predict(inputs, entry)
+        predicted = self.predict(inputs, entry)
         if aside is None:
             logits = self.base_taps.inject(predicted, inputs, base_cache, logits=True)
         else:
@@ -183,7 +183,7 @@ class KVPredictionModel(nn.Module):
         # Tied to the logits, so that the log is evaluated step by step and not as one long graph.
         return mx.depends(logits, entry.append(inputs))
 
-    def _predict(self, inputs: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
+    def predict(self, inputs: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
         """Predicted raw base keys and values of `inputs` [B, L]; the auxiliary catches up first."""
         if entry is None:
             return self.predictor(self.auxiliary_features(inputs))

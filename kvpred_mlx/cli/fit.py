@@ -7,20 +7,24 @@ from typing import Annotated
 
 import typer
 
-from kvpred_mlx.cli.making import UploadRepo
+from kvpred_mlx.cli.making import (
+    Auxiliary,
+    AuxiliaryLayers,
+    Base,
+    Data,
+    MlxPath,
+    Overwrite,
+    TextKey,
+    UploadRepo,
+)
 
 
 def fit(
-    data: Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")],
-    base: Annotated[
-        str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")
-    ] = None,
-    auxiliary: Annotated[str | None, typer.Option(help="The small model that reads the prompt.")] = None,
-    auxiliary_layers: Annotated[
-        str | None,
-        typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
-    ] = None,
-    mlx_path: Annotated[Path, typer.Option(help="The directory to make.")] = Path("mlx_model"),
+    data: Data,
+    base: Base = None,
+    auxiliary: Auxiliary = None,
+    auxiliary_layers: AuxiliaryLayers = None,
+    mlx_path: MlxPath = Path("mlx_model"),
     source: Annotated[
         str | None, typer.Option(help="What to predict from: kv (the paper's), kv-joint or hidden (default).")
     ] = None,
@@ -33,11 +37,9 @@ def fit(
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Regularization; chosen on held-out tokens without it.")
     ] = None,
-    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    text_key: TextKey = "text",
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
-    ] = False,
+    overwrite: Overwrite = False,
     upload_repo: UploadRepo = None,
 ) -> None:
     """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""

@@ -17,7 +17,29 @@ if TYPE_CHECKING:
     from kvpred_mlx.quality import Quality
 
 Progress = Callable[[int, int], None]
+Data = Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")]
+TextKey = Annotated[str, typer.Option(help="Where a JSONL line has its text.")]
+Base = Annotated[str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")]
+Auxiliary = Annotated[str | None, typer.Option(help="The small model that reads the prompt.")]
+AuxiliaryLayers = Annotated[
+    str | None,
+    typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
+]
+MlxPath = Annotated[Path, typer.Option(help="The directory to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")]
 UploadRepo = Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")]
+AllDocuments = Annotated[
+    bool,
+    typer.Option(
+        "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
+    ),
+]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
+    ),
+]
 
 
 @contextmanager
@@ -69,6 +91,24 @@ def read_data(data: Path, text_key: str) -> tuple[list[str], list[str]]:
     if not training and not held_out:
         raise ValueError(f"{data}: empty, expected text")
     return training or held_out, held_out
+
+
+def read_held_out(data: Path, text_key: str, all_documents: bool) -> list[str]:
+    """The documents that `fit` and `train` hold out, or all."""
+    training, held_out = read_data(data, text_key)
+    chosen = held_out + (training if all_documents and training is not held_out else [])
+    if not chosen:
+        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
+    return chosen
+
+
+def dequantize(pair: KVPredictionModel) -> None:
+    """Give a pair's weights in full precision."""
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model
+
+    dequantize_model(pair)
+    mx.eval(pair.parameters())
 
 
 def pack(tokenizer: Any, documents: list[str], length: int, data: Path) -> PackedSequences:

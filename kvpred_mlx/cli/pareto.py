@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli import making
 from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
+from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.pareto import Data, Results, Settings
@@ -38,20 +40,10 @@ def pareto(
         int, typer.Option(min=0, help="Recall questions of each kind at each depth; 0: none.")
     ] = 10,
     trials: Annotated[int, typer.Option(min=1, help="Timed first tokens of each method and budget.")] = 5,
-    all_documents: Annotated[
-        bool,
-        typer.Option(
-            "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
-        ),
-    ] = False,
-    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    all_documents: AllDocuments = False,
+    text_key: TextKey = "text",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    dequantize: Annotated[
-        bool,
-        typer.Option(
-            "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
-        ),
-    ] = False,
+    dequantize: Dequantize = False,
     device: Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's own choice.")] = None,
     output_dir: Annotated[
         Path, typer.Option(help="Folder for results; an interrupted run goes on from what is there.")
@@ -79,10 +71,10 @@ def pareto(
     settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
-    documents = [] if data is None else _read_documents(data, text_key, all_documents)
+    documents = [] if data is None else making.read_held_out(data, text_key, all_documents)
     model, name, held_out = _load(pair, preset, dtype, documents, settings)
     if dequantize:
-        _dequantize(model)
+        making.dequantize(model)
     output_dir.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
@@ -145,26 +137,6 @@ def _load(
         raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
     return model, name, Data(tokenizer, documents, ids)
-
-
-def _dequantize(model: KVPredictionModel) -> None:
-    import mlx.core as mx
-    from mlx_lm.utils import dequantize_model
-
-    for part in (model.base, model.auxiliary, model.predictor):
-        dequantize_model(part)
-    mx.eval(model.parameters())
-
-
-def _read_documents(data: Path, text_key: str, all_documents: bool) -> list[str]:
-    """As `kvpred-mlx quality`: what `fit` and `train` hold out, or everything."""
-    from kvpred_mlx.cli.making import read_data
-
-    training, held_out = read_data(data, text_key)
-    chosen = held_out + (training if all_documents and training is not held_out else [])
-    if not chosen:
-        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
-    return chosen
 
 
 def _with_progress(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
 
 
 def quality(
@@ -23,16 +24,12 @@ def quality(
     score_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 64,
     windows: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 160,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    all_documents: Annotated[
-        bool,
-        typer.Option(
-            "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
-        ),
-    ] = False,
-    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    all_documents: AllDocuments = False,
+    text_key: TextKey = "text",
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    dequantize: Dequantize = False,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
@@ -54,11 +51,9 @@ def quality(
     set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
-    training, held_out = making.read_data(data, text_key)
-    chosen = held_out + (training if all_documents and training is not held_out else [])
-    if not chosen:
-        raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
-    ids = encode(tokenizer, chosen)
+    if dequantize:
+        making.dequantize(model)
+    ids = encode(tokenizer, making.read_held_out(data, text_key, all_documents))
     figures = []
     for n in lengths:
         cut = cut_windows(ids, n, score_tokens, tokenizer, windows)

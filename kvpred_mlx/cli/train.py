@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpred_mlx.cli.making import UploadRepo
+from kvpred_mlx.cli.making import (
+    Auxiliary,
+    AuxiliaryLayers,
+    Base,
+    Data,
+    MlxPath,
+    Overwrite,
+    TextKey,
+    UploadRepo,
+)
 
 if TYPE_CHECKING:
     from kvpred_mlx.loop import Report, Settings
@@ -20,19 +29,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")],
+    data: Data,
     model: Annotated[
         str | None, typer.Option(help="A pair to train on. Or two models, from which one is fitted:")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")
-    ] = None,
-    auxiliary: Annotated[str | None, typer.Option(help="The small model that reads the prompt.")] = None,
-    auxiliary_layers: Annotated[
-        str | None,
-        typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
-    ] = None,
-    mlx_path: Annotated[Path, typer.Option(help="The directory to make.")] = Path("mlx_model"),
+    base: Base = None,
+    auxiliary: Auxiliary = None,
+    auxiliary_layers: AuxiliaryLayers = None,
+    mlx_path: MlxPath = Path("mlx_model"),
     source: Annotated[
         str | None, typer.Option(help="For two models: kv, kv-joint or hidden (default).")
     ] = None,
@@ -68,11 +72,9 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
     steps_per_report: Annotated[int, typer.Option(min=1, help="Steps between reports.")] = 10,
     restart: Annotated[bool, typer.Option("--restart", help="Forget a saved state.")] = False,
-    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    text_key: TextKey = "text",
     seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
-    ] = False,
+    overwrite: Overwrite = False,
     upload_repo: UploadRepo = None,
 ) -> None:
     """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
