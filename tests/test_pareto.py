@@ -16,7 +16,7 @@ from kvpred_mlx.bench import pareto as module
 from kvpred_mlx.bench import pareto_report, recall_score
 from kvpred_mlx.bench.pareto import Data, Settings, pareto
 from kvpred_mlx.bench.recall import Question
-from kvpred_mlx.cli.pareto import _dequantize
+from kvpred_mlx.cli.making import dequantize
 from kvpred_mlx.loading import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
@@ -30,7 +30,7 @@ SETTINGS = Settings(
 def demo_pair():
     """The bundled pair without its quantization, which MLX's CPU backend is slow at."""
     model, tokenizer = load(DEMO_PAIR)
-    _dequantize(model)
+    dequantize(model)
     return model, tokenizer
 
 
