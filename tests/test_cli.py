@@ -146,7 +146,7 @@ def test_missing_weights(run, tmp_path):
         ({"layer_map": [0, 0, 1, 1]}, "layer map has 4 entries, expected 8"),
         ({"layer_map": [0, 0, 1, 1, 2, 2, 3, 9]}, "not auxiliary layers 0 to 3"),
         ({"layer_map": "0,0"}, "layer_map is '0,0', expected list"),
-        ({"layer_map": [0, 0, 0, 1, 2, 2, 3, 3]}, "shape"),
+        ({"layer_map": [0, 0, 1, 1, 2, 2, 2, 2]}, "shape"),
         ({"model_type": "llama"}, "expected 'kvpred'"),
         ({"base": {"model_type": "mamba"}}, "pair"),
         ({"base": {"model_type": "nothing"}}, "nothing"),

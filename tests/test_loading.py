@@ -66,7 +66,7 @@ def test_mlx_lm_quantizes_a_pair(tmp_path):
     model, config = mlx_lm.utils.quantize_model(model, config, 64, 4)
     mlx_lm.utils.save(tmp_path / "pair", DEMO_PAIR, model, tokenizer, config, donate_model=False)
     again, tokenizer = load(tmp_path / "pair")
-    assert again.base.layers[0].attn.qkv_proj.bits == 4
+    assert again.base.layers[0].self_attn.q_proj.bits == 4
     ids = mx.array([tokenizer.encode("x = 1\n" * 20)])
     assert mx.array_equal(model(ids), again(ids))
 
