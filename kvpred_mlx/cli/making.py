@@ -189,27 +189,27 @@ def save_pair(
 
 
 def show_figures(figures: list[Quality]) -> None:
-    """Tables on the terminal."""
+    """Tables on the terminal, 80 columns wide."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    from kvpred_mlx.card import TITLES, quality_cells
+    from kvpred_mlx.card import TITLES
 
+    console = Console()
     for quality in figures:
         table = Table(
             title=f"prompt {quality.prompt_tokens} tokens, {quality.score_tokens} scored, {quality.windows} windows of "
             f"{quality.documents} held-out documents",
-            caption="mean over documents, 95 % bootstrap interval; retention: (no prompt - mode) / (no prompt - exact)",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        table.add_column("prompt cache", no_wrap=True)
-        for title in TITLES.values():
-            table.add_column(title, justify="right")
-        for name, estimates in quality.modes.items():
-            table.add_row(name, *quality_cells(estimates))
-        console = Console()
+            caption="means over documents, 95 % bootstrap intervals",
+            box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        table.add_column("")
+        for name in quality.modes:
+            table.add_column(name, justify="right", no_wrap=True)
+        for metric, title in TITLES.items():
+            estimates = (modes[metric] for modes in quality.modes.values())
+            table.add_row(title, *(f"{e.mean:.3f} {e.low:.2f}-{e.high:.2f}" for e in estimates))
         console.print(table)
         for name, values in quality.explained_variance.items():
             shown = " ".join(f"{v:.2f}" for v in values)
