@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import kvpred_mlx  # noqa: F401
 from kvpred_mlx import cli
 
 DATA = Path(__file__).with_name("data")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,14 @@ class Terminal:
                 self.seen += os.read(self._fd, 4096)
         self.seen = self.seen[found.end() :]
 
+    def shows(self, pattern, seconds=2):
+        """Whether `pattern` is shown within a short time."""
+        try:
+            self.expect(pattern, seconds)
+        except AssertionError:
+            return self.process.poll() is not None  # what has ended shows nothing any more
+        return True
+
     def type(self, text):
         os.write(self._fd, text.encode())
 
@@ -177,9 +185,9 @@ def test_on_a_terminal_ctrl_c_interrupts_the_answer_only():
         os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.expect("interrupted")
         terminal.expect(READY)
-        time.sleep(0.5)  # a signal while readline still writes the prompt waits for the next key
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        terminal.expect("/exit ends the chat")
+        while not terminal.shows("/exit ends the chat"):
+            # A signal that comes while readline still writes the prompt waits for the next key.
+            os.killpg(terminal.process.pid, signal.SIGINT)
         terminal.type("/exact on\n")
         terminal.expect("exact: the base alone")
         terminal.type("/exit\n")
