@@ -14,7 +14,8 @@ from kvpred_mlx import cli
 
 DATA = Path(__file__).with_name("data")
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; what tests start would ignore it too
+# In a shell's background Ctrl-C is ignored, and what tests start would ignore it too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
