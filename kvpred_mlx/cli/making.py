@@ -204,7 +204,7 @@ def show_figures(figures: list[Quality]) -> None:
             caption="means over documents, 95 % bootstrap intervals",
             box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
         )  # fmt: skip
-        table.add_column("")
+        table.add_column("", no_wrap=True, min_width=13)
         for name in quality.modes:
             table.add_column(name, justify="right", no_wrap=True)
         for metric, title in TITLES.items():
