@@ -202,7 +202,7 @@ def show_figures(figures: list[Quality]) -> None:
             title=f"prompt {quality.prompt_tokens} tokens, {quality.score_tokens} scored, {quality.windows} windows of "
             f"{quality.documents} held-out documents",
             caption="means over documents, 95 % bootstrap intervals",
-            box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+            box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False,
         )  # fmt: skip
         table.add_column("", no_wrap=True, min_width=13)
         for name in quality.modes:
