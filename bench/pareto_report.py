@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from kvpred_mlx.bench.pareto import KIND, SCHEMA, SHOWN, Cell, Results, label
-from kvpred_mlx.bench.results import write_file
+from kvpred_mlx.bench.results import can_draw, read_json, write_file
 
 FIGURES = {
     "agreement": "agreement",
@@ -26,11 +25,7 @@ FIGURES = {
 
 def write(folder: Path, results: Results, plot: bool) -> None:
     """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png`."""
-    drawable = plot and any(c["flops"] for c in results["cells"])
-    if drawable and find_spec("matplotlib") is None:
-        note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
-        results["warnings"] += [note] if note not in results["warnings"] else []
-        drawable = False
+    drawable = plot and any(c["flops"] for c in results["cells"]) and can_draw(results)
     write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
     if drawable and any(c["ttft"] or c["quality"] for c in results["cells"]):
@@ -46,10 +41,7 @@ def read(path: Path) -> Results:
         ValueError: it is not one, or of another schema.
         OSError: it cannot be read.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    results = read_json(path)
     given = (results.get("kind"), results.get("schema")) if isinstance(results, dict) else (None, None)
     if given != (KIND, SCHEMA):
         raise ValueError(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kvpred_mlx.bench.report import csv_text
 from kvpred_mlx.bench.run import SCHEMA, Results
@@ -30,11 +31,7 @@ def check_new(folder: Path) -> None:
 
 def write(folder: Path, results: Results, plot: bool) -> None:
     """Write what there is so far; without matplotlib there is no picture, and a warning in the results."""
-    draw = plot and results["shapes"]
-    if draw and find_spec("matplotlib") is None:
-        note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
-        results["warnings"] += [note] if note not in results["warnings"] else []
-        draw = False
+    draw = plot and results["shapes"] and can_draw(results)
     write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
     if draw:
@@ -50,14 +47,33 @@ def read(path: Path) -> Results:
         ValueError: it is not one, or of another schema.
         OSError: it cannot be read.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    results = read_json(path)
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema {schema!r}, expected {SCHEMA} (a results.json of kvpred-mlx bench)")
     return results
+
+
+def can_draw(results: Results) -> bool:
+    """Whether there is matplotlib; without it the results get a warning."""
+    if find_spec("matplotlib") is not None:
+        return True
+    note = "no picture without matplotlib: pip install 'kvpred-mlx[bench]'"
+    results["warnings"] += [note] if note not in results["warnings"] else []
+    return False
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
 def write_file(path: Path, make: Callable[[Path], object]) -> None:

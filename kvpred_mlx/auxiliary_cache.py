@@ -122,9 +122,9 @@ class AuxiliaryCache(CacheList):
 
     def _advance(self, n: int) -> list[int] | None:
         """How many of the next `n` columns are tokens, not padding, in each row (None: all)."""
-        if self._lengths is None:
+        lengths = self.lengths(n)
+        if self._lengths is None or lengths is None:
             return None
-        lengths = [min(n, left) for left in self._lengths]
         self._lengths = [left - taken for left, taken in zip(self._lengths, lengths, strict=True)]
         return lengths if min(lengths) < n else None
 

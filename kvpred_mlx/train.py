@@ -11,7 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from kvpred_mlx.cpu_prefill import on_cpu
 from kvpred_mlx.data import PackedSequences
+from kvpred_mlx.loading import quantization_config
 from kvpred_mlx.loop import Settings, Trainer
 from kvpred_mlx.loss import KVPredictionLoss, LossWeights
 from kvpred_mlx.model import KVPredictionModel
@@ -41,7 +43,7 @@ def joint_trainer(
         ValueError: weights to be trained are quantized.
     """
     trained = {"predictor": pair.predictor} | ({} if freeze_auxiliary else {"auxiliary": pair.auxiliary})
-    quantized = [name for name, module in trained.items() if _is_quantized(module)]
+    quantized = [name for name, module in trained.items() if quantization_config(module)]
     if quantized:
         hint = ", or --freeze-auxiliary" if quantized == ["auxiliary"] else ""
         raise ValueError(f"the {' and '.join(quantized)} is quantized, expected float weights to train{hint}")
@@ -71,11 +73,7 @@ def restored_types(pair: KVPredictionModel) -> Iterator[None]:
 
 def default_dtype() -> str:
     """bfloat16 on a GPU; MLX's CPU backend is slow in half precision."""
-    return "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    return any("scales" in m for m in module.modules())
+    return "float32" if on_cpu() else "bfloat16"
 
 
 def _dtype(module: nn.Module) -> mx.Dtype:
