@@ -1,7 +1,6 @@
 """The methods of the Pareto front: the dial at several settings, and what people use today.
 
-Each method is a mode of `kvpred_mlx.quality` (from a prompt to a model and a cache that holds all of it but the last
-token), and the FLOPs of its first token.  A *budget* is the share of the prompt that the base processes exactly, or
+Each method is a `Prefill` of `kvpred_mlx.quality` and the FLOPs of its first token.  A *budget* is the share of the prompt that the base processes exactly, or
 of its layers that are kept.
 """
 
@@ -28,7 +27,8 @@ from kvpred_mlx.bench.flops import (
 from kvpred_mlx.bench.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
 from kvpred_mlx.exact import ExactPositions
 from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.quality import Mode, prefill_of
+from kvpred_mlx.modes import Mode
+from kvpred_mlx.quality import Prefill, prefill_of
 from kvpred_mlx.shadows import layer_list_owners
 
 SINKS = 4
@@ -40,27 +40,24 @@ class Method:
 
     Args:
         title: for tables and pictures.
-        mode: of a pair at a budget.
+        prefill: of a pair at a budget.
         flops: of a pair, a prompt of so many tokens, and a budget.
         budgets: whether the budget means anything.
     """
 
     title: str
-    mode: Callable[[KVPredictionModel, float], Mode]
+    prefill: Callable[[KVPredictionModel, float], Prefill]
     flops: Callable[[KVPredictionModel, int, float], int]
     budgets: bool = True
 
 
-def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Mode:
+def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
     """The pair with its dial at `dial`, whatever its own setting is."""
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
-        cache, before = pair.make_cache(), pair.exact_positions
-        pair.exact_positions = dial
-        try:
-            pair(prompt[:, :-1], cache=cache, exact=False)
-        finally:
-            pair.exact_positions = before
+        cache = pair.make_cache()
+        with Mode(positions=dial).applied(pair):
+            pair(prompt[:, :-1], cache=cache)
         return pair.base, cache[:-1]
 
     return prefill
@@ -97,7 +94,7 @@ def _dial(title: str, dial: Callable[[float], ExactPositions]) -> Method:
 
 
 def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
-    def mode(pair: KVPredictionModel, budget: float) -> Mode:
+    def prefill(pair: KVPredictionModel, budget: float) -> Prefill:
         wanted = dial(budget)
         return drop_all_but(pair, attended(pair, wanted.top_of, wanted.last_of))
 
@@ -106,7 +103,7 @@ def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
         auxiliary = Cost(read(pair), auxiliary_caches(pair)).until(n - 1)
         return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
 
-    return Method(title, mode, flops)
+    return Method(title, prefill, flops)
 
 
 def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:

@@ -18,7 +18,7 @@ from kvpred_mlx.data import PackedSequences, encode
 
 LEFT_OUT = ("site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__")
 HELD_OUT_MODULES = 12  # one module in so many is never trained on
-RECALL_SHARE = 0.15  # of the rows
+RECALL_SHARE = 0.35  # of the rows
 
 
 def modules() -> dict[str, str]:
@@ -76,11 +76,26 @@ def train_tokenizer(texts: Sequence[str], path: Path, vocab_size: int) -> None:
         )
 
 
-def rows(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> PackedSequences:
-    """The training rows: modules in a random order, packed, and rows of text with facts planted and asked for."""
+def text_rows(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> PackedSequences:
+    """Rows of modules in a random order."""
     shuffled = random.Random(seed).sample(list(texts), len(texts))
-    packed = PackedSequences.of(encode(tokenizer, shuffled), length, tokenizer.eos_token_id).rows
-    task = RecallTask(tokenizer, texts, seed)
-    count = int(len(packed) * RECALL_SHARE / (1 - RECALL_SHARE))
-    recall = [task.row(length + 1) for _ in range(count)]
-    return PackedSequences(np.concatenate([packed, np.array(recall, packed.dtype)]))
+    return PackedSequences.of(encode(tokenizer, shuffled), length, tokenizer.eos_token_id)
+
+
+def repeating_rows(text: PackedSequences, count: int, length: int, seed: int) -> PackedSequences:
+    """Rows that teach a small model to look back (induction heads), which text alone takes far longer to teach.
+
+    Tokens of the text in a random order, which begin again after 8 to `length / 2` of them.
+    """
+    draw, tokens = np.random.default_rng(seed), text.rows.ravel()
+    periods = draw.integers(8, length // 2, count)
+    return PackedSequences(
+        np.array([np.resize(draw.choice(tokens, p), length + 1) for p in periods], np.int32)
+    )
+
+
+def recall_rows(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> PackedSequences:
+    """Rows of modules, and rows of text with facts planted that come again."""
+    text, task = text_rows(tokenizer, texts, length, seed).rows, RecallTask(tokenizer, texts, seed)
+    count = int(len(text) * RECALL_SHARE / (1 - RECALL_SHARE))
+    return PackedSequences(np.array([*text, *(task.row(length + 1) for _ in range(count))], np.int32))

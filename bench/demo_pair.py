@@ -1,8 +1,9 @@
 """The whole recipe of the bundled pair: `make demo-pair MINUTES=60`.
 
-Corpus, tokenizer, base, auxiliary, fit, joint training, quantization, figures and model card.  Every step leaves a
-file or a folder and is passed over if that is there, training resumes from its last state, and the minutes
-are shared out among the three trainings: the same recipe on CPU, Metal or CUDA.
+Corpus, tokenizer, base and auxiliary (each in three lessons: text, looking back, recall), fit, joint training,
+quantization, figures and model card.  Every step leaves a file or a folder and is passed over if that is there,
+training resumes from its last state, and the minutes are shared out among the trainings: the same recipe on CPU, Metal
+or CUDA.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from kvpred_mlx.pairing import join, load_part
 from kvpred_mlx.quality import SCORE_TOKENS, Quality, cut_windows, measure
 from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
 
-CONTEXT = 512
+CONTEXT = 640
+REPEATING_ROWS = 10_000
+TEXT_TOKENS, REPEATING_TOKENS = 512, 64
 VOCABULARY = 4096
 PROMPT_TOKENS = (192, 448)
 BITS, GROUP_SIZE = 8, 32
@@ -48,7 +51,41 @@ MADE = (
         "quantization."
     ),
 )
-SHARES = {"base": 0.6, "auxiliary": 0.13, "joint": 0.2, "polished": 0.07}
+SHARES = {
+    "base-text": 0.35,
+    "base-repeating": 0.05,
+    "base": 0.2,
+    "auxiliary-text": 0.07,
+    "auxiliary-repeating": 0.02,
+    "auxiliary": 0.06,
+    "joint": 0.18,
+    "polished": 0.07,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What a model is taught, one after another.
+
+    Args:
+        suffix: of the folder of the model that has had it.
+        rows: file of the rows, in the recipe's folder.
+        batch_size: in multiples of the recipe's.
+        short: the share of the steps that are taken on halved rows.
+    """
+
+    suffix: str
+    rows: str
+    learning_rate: float
+    batch_size: int = 1
+    short: float = SHORT_SHARE
+
+
+LESSONS = (
+    Lesson("-text", "text.npy", 0.01),
+    Lesson("-repeating", "repeating.npy", 0.01, batch_size=4, short=0),
+    Lesson("", "recall.npy", 0.006),
+)
 
 
 def nemotron(
@@ -99,33 +136,40 @@ class Recipe:
         return Budget(self.minutes * SHARES[training], self.iters.get(training))
 
     def corpus(self) -> None:
-        """Corpus, tokenizer and packed rows."""
-        if (self.folder / "rows.npy").exists():
+        """Corpus, tokenizer and rows."""
+        if (self.folder / "recall.npy").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         corpus.write(self.folder)
         texts = corpus.read(self.folder / "train.jsonl")
         corpus.train_tokenizer(texts, self.folder / "tokenizer.model", VOCABULARY)
         convert_sentencepiece(self.folder / "tokenizer.model", self.folder / "tokenizer")
-        rows = corpus.rows(
-            mlx_lm.utils.load_tokenizer(self.folder / "tokenizer"), texts, CONTEXT, seed=0
-        ).rows
-        np.save(self.folder / "rows.new.npy", rows)
-        (self.folder / "rows.new.npy").replace(self.folder / "rows.npy")
+        tokenizer = mlx_lm.utils.load_tokenizer(self.folder / "tokenizer")
+        text = corpus.text_rows(tokenizer, texts, TEXT_TOKENS, seed=0)
+        repeating = corpus.repeating_rows(text, REPEATING_ROWS, REPEATING_TOKENS, seed=0)
+        recall = corpus.recall_rows(tokenizer, texts, CONTEXT, seed=1)
+        for name, rows in (("text", text), ("repeating", repeating), ("recall", recall)):
+            np.save(self.folder / f"{name}.new.npy", rows.rows)
+            (self.folder / f"{name}.new.npy").replace(self.folder / f"{name}.npy")
 
     def pretrain(self, role: str) -> None:
-        """Base or auxiliary, in a process of its own: under `mlx.launch` there may be several."""
-        out = self.folder / role
-        if out.exists():
-            return
+        """Base or auxiliary, each lesson in a process of its own: under `mlx.launch` there may be several."""
         config = self.folder / f"{role}.json"
         config.write_text(json.dumps(CONFIGS[role]))
-        command = [sys.executable, "-m", "kvpred_mlx.bench.pretrain", config, self.folder / "rows.npy", out]
-        budget = self.budget(role)
-        options = ["--minutes", str(budget.minutes), "--batch-size", str(self.batch_size)]
-        options += ["--iters", str(budget.iters)] if budget.iters else []
-        options += ["--tokenizer", str(self.folder / "tokenizer")]
-        subprocess.run([*map(str, command), *options], check=True)
+        begin: list[Any] = []
+        for lesson in LESSONS:
+            name = role + lesson.suffix
+            out = self.folder / name
+            if not out.exists():
+                command: list[Any] = [sys.executable, "-m", "kvpred_mlx.bench.pretrain"]
+                command += [config, self.folder / lesson.rows, out, *begin]
+                command += ["--minutes", self.budget(name).minutes, "--short", lesson.short]
+                command += ["--batch-size", self.batch_size * lesson.batch_size]
+                command += ["--learning-rate", lesson.learning_rate]
+                command += ["--iters", self.budget(name).iters] if self.budget(name).iters else []
+                command += ["--tokenizer", self.folder / "tokenizer"]
+                subprocess.run(list(map(str, command)), check=True)
+            begin = ["--begin", out]
 
     def fit(self) -> None:
         """The closed-form fit."""
@@ -162,7 +206,7 @@ class Recipe:
             save(out, pair, tokenizer)
 
     def _rows(self) -> PackedSequences:
-        return PackedSequences(np.load(self.folder / "rows.npy"))
+        return PackedSequences(np.load(self.folder / "recall.npy"))
 
     def figures(self, pair_folder: Path) -> list[Quality]:
         """Quality on the held-out modules, which no training has seen."""
@@ -205,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("demo-pair"))
     parser.add_argument("--minutes", type=float, default=60, help="of training, altogether")
-    parser.add_argument("--iters", help="steps of the four trainings instead: 1300,1200,420,250")
+    parser.add_argument("--iters", help=f"steps instead, of {', '.join(SHARES)}")
     parser.add_argument("--batch-size", type=int, default=4)
     a = parser.parse_args()
     iters = dict(zip(SHARES, map(int, a.iters.split(",")), strict=True)) if a.iters else {}

@@ -26,7 +26,7 @@ from kvpred_mlx.bench.baselines import METHODS, usable
 from kvpred_mlx.bench.run import describe_pair
 from kvpred_mlx.bench.statistics import paired_ratio
 from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.quality import Mode
+from kvpred_mlx.quality import Prefill
 
 SCHEMA = 1
 KIND = "pareto"
@@ -111,9 +111,9 @@ def pareto(
     return results
 
 
-def modes(pair: KVPredictionModel, cells: Sequence[Cell]) -> dict[str, Mode]:
-    """The mode of every cell, by its label."""
-    return {label(c): METHODS[c["method"]].mode(pair, c["budget"]) for c in cells}
+def prefills(pair: KVPredictionModel, cells: Sequence[Cell]) -> dict[str, Prefill]:
+    """How every cell reads a prompt, by its label."""
+    return {label(c): METHODS[c["method"]].prefill(pair, c["budget"]) for c in cells}
 
 
 def label(cell: Cell) -> str:
@@ -178,9 +178,9 @@ def _score(
     if all(c["quality"] is not None for c in cells):
         return
     cut = quality.cut_windows(data.ids, n, settings.score_tokens, data.tokenizer, settings.windows)
-    without: Mode = lambda prompt: (pair.base, make_prompt_cache(pair.base))
+    without: Prefill = lambda prompt: (pair.base, make_prompt_cache(pair.base))
     found = quality.measure(
-        pair, cut, {"exact": METHODS["exact"].mode(pair, 0.0), "no prompt": without} | modes(pair, cells),
+        pair, cut, {"exact": METHODS["exact"].prefill(pair, 0.0), "no prompt": without} | prefills(pair, cells),
         seed=settings.seed, progress=lambda done, total: progress(f"{n} tokens: text", done, total),
     )  # fmt: skip
     for cell in cells:
@@ -202,9 +202,9 @@ def _recall(
         return
     for cell in cells:
         if cell["recall"] is None:
-            mode = METHODS[cell["method"]].mode(pair, cell["budget"] or 0.0)
+            prefill = METHODS[cell["method"]].prefill(pair, cell["budget"] or 0.0)
             right = recall_score.recalled(
-                mode, asked,
+                prefill, asked,
                 progress=lambda done, total, cell=cell: progress(f"{n} tokens: recall, {label(cell)}", done, total),
             )  # fmt: skip
             cell["recall"] = recall_score.summary(asked, right)
@@ -220,12 +220,12 @@ def _time(
         return
     timed = [c for c in cells if c["ttft"] is None or c["method"] == "exact"]
     tokens = mx.random.randint(0, pair.vocab_size, (1, n), key=mx.random.key(settings.seed))
-    made = modes(pair, timed)
+    made = prefills(pair, timed)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for trial in range(settings.trials + 1):
-        for i, (name, mode) in enumerate(made.items()):
+        for i, (name, prefill) in enumerate(made.items()):
             progress(f"{n} tokens: TTFT, {name}", trial * len(made) + i, (settings.trials + 1) * len(made))
-            spent = first_token_seconds(mode, tokens)
+            spent = first_token_seconds(prefill, tokens)
             if trial:
                 seconds[name].append(spent)
     for cell in timed:
@@ -235,11 +235,11 @@ def _time(
     finished()
 
 
-def first_token_seconds(mode: Mode, tokens: mx.array) -> float:
+def first_token_seconds(prefill: Prefill, tokens: mx.array) -> float:
     """Seconds until the value of the first token after `tokens` [1, n] is on the host."""
     mx.clear_cache()
     start = time.perf_counter()
-    model, cache = mode(tokens)
+    model, cache = prefill(tokens)
     mx.eval([c.state for c in cache])
     mx.argmax(_last_step(model, tokens, cache)).item()
     return time.perf_counter() - start

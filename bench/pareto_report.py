@@ -84,6 +84,22 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
+def recall_markdown(results: Results) -> str:
+    """Recall by kind and depth, a row for each cell that was asked."""
+    asked = [c for c in results["cells"] if c["recall"]]
+    depths = [(kind, depth) for kind, found in asked[0]["recall"]["depths"].items() for depth in found]
+    lines = [
+        "| Prompt | Method | " + " | ".join(f"{kind} {depth}" for kind, depth in depths) + " |",
+        "| --- | --- |" + " --- |" * len(depths),
+    ]
+    for cell in asked:
+        shares = [cell["recall"]["depths"][kind][depth]["mean"] for kind, depth in depths]
+        lines.append(
+            f"| {cell['prompt_tokens']} | {label(cell)} | " + " | ".join(f"{s:.2f}" for s in shares) + " |"
+        )
+    return "\n".join(lines)
+
+
 def remarks(results: Results) -> list[str]:
     """Warnings, cells that the pair cannot do, and whether the run was cut short; one line each."""
     lines = [f"warning: {text}" for text in results["warnings"]]

@@ -25,6 +25,7 @@ from kvpred_mlx.data import PackedSequences
 from kvpred_mlx.files import new_directory
 from kvpred_mlx.loop import Report, Settings, Terms, Trainer, is_matrix, schedule
 from kvpred_mlx.model import build_model
+from kvpred_mlx.pairing import load_part
 
 TIMED_STEPS = 8
 SHORT_SHARE = 0.6  # of the steps, at the beginning, on halved rows: attention costs half there
@@ -55,18 +56,24 @@ class Curriculum(PackedSequences):
 
 
 def pretrain(
-    config: dict[str, Any], rows: PackedSequences, budget: Budget, settings: Settings, folder: Path
+    config: dict[str, Any],
+    rows: PackedSequences,
+    budget: Budget,
+    settings: Settings,
+    folder: Path,
+    begin: Path | None = None,
+    short: float = SHORT_SHARE,
 ) -> nn.Module:
-    """A model of `config`, trained from random weights; a state in `folder` is resumed from.
+    """A model of `config`, trained from random weights or the model in `begin`; a state in `folder` is resumed from.
 
     Matrices are trained with Muon (learning rate: the settings'), embeddings, norms and biases with AdamW.
     """
 
     def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
-        model = new_model(config, settings.seed)
+        model = load_part(str(begin)).model if begin else new_model(config, settings.seed)
         return Trainer(model, next_token_loss, rows, settings, states, optimizer=muon(settings))
 
-    return run(trainer, rows, budget, settings, folder).model
+    return run(trainer, rows, budget, settings, folder, short).model
 
 
 def run(
@@ -156,8 +163,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--iters", type=int, help="steps, instead of what the minutes allow")
     parser.add_argument("--tokenizer", type=Path, help="folder whose files are copied beside the model")
+    parser.add_argument(
+        "--begin", type=Path, help="model whose weights to begin with, instead of random ones"
+    )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument(
+        "--short", type=float, default=SHORT_SHARE, help="share of the steps taken on halved rows, at first"
+    )
     a = parser.parse_args()
     config = json.loads(a.config.read_text())
     settings = Settings(
@@ -168,7 +181,8 @@ def main() -> None:
         save_every=200,
     )
     rows, budget = PackedSequences(np.load(a.rows)), Budget(a.minutes, a.iters)
-    model = pretrain(config, rows, budget, settings, a.out.with_suffix(".state"))
+    states = a.out.with_name(f"{a.out.name}.state")
+    model = pretrain(config, rows, budget, settings, states, a.begin, a.short)
     if not mx.distributed.init().rank():
         with new_directory(a.out, overwrite=True) as directory:
             mlx_lm.utils.save_model(directory, model)

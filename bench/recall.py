@@ -13,6 +13,8 @@ from typing import Any
 
 KINDS = ("key-value", "passkey")
 DIGITS = 4
+STATEMENT_TOKENS = 20  # room for one, in rows to train on
+PASSKEY_SHARE = 0.2  # of those rows
 ADJECTIVES = [
     "amber",
     "azure",
@@ -198,12 +200,14 @@ class RecallTask:
         return Question(ids, self._encode(f" {value}"), kind, depth)
 
     def row(self, tokens: int) -> list[int]:
-        """`tokens` ids to train on: facts planted anywhere, and all of them asked for and answered at the end."""
-        kind = self._random.choice(KINDS)
-        statements, asked = self._facts(kind, self._random.randint(1, 6))
-        self._random.shuffle(asked)
-        closing = "".join(f"{_ask(kind, name)} {value}\n" for name, value in asked)
-        return self._document([(self._random.random(), s) for s in statements], tokens, closing)
+        """`tokens` ids to train on: every fact stands several times, so that it can be recalled from its second time on."""
+        most = max(2, tokens // STATEMENT_TOKENS)
+        times = self._random.randint(2, min(4, most))
+        if self._random.random() < PASSKEY_SHARE:
+            statements, _ = self._facts("passkey", 1)
+        else:
+            statements, _ = self._facts("key-value", max(1, self._random.randint(most // 3, most) // times))
+        return self._document([(self._random.random(), s) for s in statements * times], tokens, "")
 
     def _facts(self, kind: str, count: int) -> tuple[list[str], list[tuple[str, str]]]:
         names = [""] if kind == "passkey" else self._names(count)

@@ -10,7 +10,7 @@ import mlx.core as mx
 from scipy.stats import binomtest
 
 from kvpred_mlx.bench.recall import KINDS, Question, RecallTask
-from kvpred_mlx.quality import Mode
+from kvpred_mlx.quality import Prefill
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -22,19 +22,19 @@ def questions(tokenizer: Any, documents: Sequence[str], tokens: int, count: int,
 
 
 def recalled(
-    mode: Mode,
+    prefill: Prefill,
     asked: Sequence[Question],
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[bool]:
-    """Whether a mode answers each question greedily, every token of the answer right."""
+    """Whether the model that `prefill` gives answers each question greedily, every token of the answer right."""
     found: dict[int, bool] = {}
     length = lambda i: len(asked[i].answer)
     for _, group in groupby(sorted(range(len(asked)), key=length), length):
         for batch in _batches(list(group), batch_size):
             prompts = mx.array([asked[i].prompt for i in batch])
             answers = mx.array([asked[i].answer for i in batch])
-            model, cache = mode(prompts)
+            model, cache = prefill(prompts)
             # Greedy decoding gives the answer exactly if each token of it is the most likely one after those before.
             logits = model(mx.concatenate([prompts[:, -1:], answers[:, :-1]], axis=1), cache=cache)
             right: Any = mx.all(mx.argmax(logits, axis=-1) == answers, axis=1).tolist()

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import dequantize_model
 
 from kvpred_mlx.generation import announce_prompt
 from kvpred_mlx.loading import load
@@ -87,11 +88,14 @@ def main(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=3)] = 64,
     prompts: Annotated[int, typer.Option(min=1)] = 20,
     budget: float = BUDGET,
+    dequantize: bool = False,
 ) -> None:
-    """Compare greedy answers with and without repair."""
+    """Compare greedy answers with and without repair; TEXT is cut into prompts."""
     model, tokenizer = load(pair)
     if tokenizer is None:
         raise typer.BadParameter("the pair has no tokenizer, expected one that reads text", param_hint="PAIR")
+    if dequantize:
+        dequantize_model(model)
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
     count = min(prompts, len(ids) // prompt_tokens)
     if not count:

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_ma
 
 from kvpred_mlx.importance import choose
 from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.quality import Mode
+from kvpred_mlx.quality import Prefill
 from kvpred_mlx.sites import KV
 
 Columns = Callable[[mx.array], mx.array]
@@ -42,8 +42,8 @@ class SparseKVCache(ConcatenateKVCache):
         return create_attention_mask(N, self.offset - self.dropped, return_array, window_size)
 
 
-def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Mode:
-    """The mode in which the base processes the given columns of the prompt, `[B, k]` ascending, and drops the rest.
+def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
+    """The base processes the given columns of the prompt, `[B, k]` ascending, and drops the rest.
 
     Raises:
         ValueError: the base has sliding windows, which count tokens that are dropped.
@@ -64,8 +64,8 @@ def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Mode:
     return prefill
 
 
-def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Mode:
-    """The mode in which the base processes the end of the prompt only, as one piece."""
+def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Prefill:
+    """The base processes the end of the prompt only, as one piece."""
     check_windows(base)
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:

@@ -12,11 +12,8 @@ from kvpred_mlx.exact import ExactPositions
 if TYPE_CHECKING:
     from kvpred_mlx.model import KVPredictionModel
 
-_DIAL = (
-    "first",
-    "last",
-    "top",
-)  # the fields of `ExactPositions`; as flags `--exact-last`, in requests `exact_last`
+# The fields of `ExactPositions`; as flags `--exact-last`, in requests `exact_last`.
+_DIAL = ("first", "last", "top")
 
 
 @dataclass(frozen=True)

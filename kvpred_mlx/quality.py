@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kvpred_mlx.model import KVPredictionModel
 
 # From a prompt's tokens [B, P] to a model and a cache that holds all of them but the last.
-Mode = Callable[[mx.array], tuple[nn.Module, list[Any]]]
+Prefill = Callable[[mx.array], tuple[nn.Module, list[Any]]]
 METRICS = ("cross_entropy", "cross_entropy_per_byte", "top1_accuracy", "agreement", "first_token_agreement")
 SCORE_TOKENS = 64
 RESAMPLES = 2000
@@ -105,7 +105,7 @@ class Quality:
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
 
 
-def modes_of(pair: KVPredictionModel) -> dict[str, Mode]:
+def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
     """The base with an exact cache, with a predicted one, the auxiliary alone, and the base without the prompt."""
 
     def predicted(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
@@ -124,8 +124,8 @@ def modes_of(pair: KVPredictionModel) -> dict[str, Mode]:
     }
 
 
-def prefill_of(model: nn.Module) -> Mode:
-    """The mode of a model that processes the whole prompt itself."""
+def prefill_of(model: nn.Module) -> Prefill:
+    """A model that processes the whole prompt itself."""
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         cache = make_prompt_cache(model)
@@ -138,7 +138,7 @@ def prefill_of(model: nn.Module) -> Mode:
 def measure(
     pair: KVPredictionModel,
     windows: Windows,
-    modes: Mapping[str, Mode] | None = None,
+    modes: Mapping[str, Prefill] | None = None,
     *,
     batch_size: int = 8,
     seed: int = 0,
@@ -173,9 +173,9 @@ def measure(
     )  # fmt: skip
 
 
-def _score(mode: Mode, prompts: mx.array, continuations: mx.array) -> tuple[np.ndarray, np.ndarray]:
+def _score(prefill: Prefill, prompts: mx.array, continuations: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """Most likely tokens and losses at every scored position, `[B, N]` each."""
-    model, cache = mode(prompts)
+    model, cache = prefill(prompts)
     logits = model(mx.concatenate([prompts[:, -1:], continuations[:, :-1]], axis=1), cache=cache)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), continuations)
     return np.array(mx.argmax(logits, axis=-1)), np.array(losses)

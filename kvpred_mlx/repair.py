@@ -16,6 +16,7 @@ from kvpred_mlx.model import KVPredictionModel
 
 BUDGET = 0.3
 FIRST_SLICE = 16  # tokens; then as many as take two to four decode steps
+SMALLEST_SLICE = 8  # less would not outrun the tokens that are generated meanwhile
 LARGEST_SLICE = 512
 
 
@@ -142,7 +143,7 @@ class _Work:
         progress.seconds += spent
         progress.slices += 1
         if spent > 4 * self._step:
-            self.slice = max(1, self.slice // 2)
+            self.slice = max(SMALLEST_SLICE, self.slice // 2)
         elif spent < 2 * self._step:
             self.slice = min(LARGEST_SLICE, self.slice * 2)
 

@@ -75,7 +75,7 @@ def test_every_method_with_the_whole_budget_is_the_exact_base(name):
     prompt, following = tokens(PROMPT, batch=2), tokens(5, 3, batch=2)
     cache = make_prompt_cache(pair.base)
     expected = pair.base(mx.concatenate([prompt, following], axis=1), cache=cache)[:, PROMPT - 1 :]
-    found = after_prompt(METHODS[name].mode(pair, 1.0), prompt, following)
+    found = after_prompt(METHODS[name].prefill(pair, 1.0), prompt, following)
     assert mx.allclose(found, expected, atol=TOLERANCE)
 
 

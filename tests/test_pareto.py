@@ -119,6 +119,9 @@ def test_files(front, tmp_path):
     assert len(rows) == 8 and float(rows[1]["agreement"]) == front["cells"][1]["quality"]["agreement"]["mean"]
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert pareto_report.markdown(front).count("\n") == 9
+    by_depth = pareto_report.recall_markdown(front).splitlines()
+    assert by_depth[0].count("key-value") == by_depth[0].count("passkey") == 5 and len(by_depth) == 10
+    assert by_depth[2].startswith("| 96 | exact | ") and by_depth[2].count("|") == by_depth[0].count("|")
     (tmp_path / "results.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match="expected 'pareto' of schema 1"):
         pareto_report.read(tmp_path / "results.json")

@@ -9,12 +9,15 @@ import sys
 
 import mlx.core as mx
 import pytest
+import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from pairs import PAIRS, difference, make_pair, reference_cache, tokens
 
 from kvpred_mlx import ExactPositions, generation
 from kvpred_mlx import repair as module
+from kvpred_mlx.bench import repair as bench
+from kvpred_mlx.loading import DEMO_PAIR
 from kvpred_mlx.repair import RepairingModel
 
 TOLERANCE = 1e-4
@@ -93,7 +96,7 @@ def test_a_slow_slice_makes_the_next_one_smaller(monkeypatch):
         work._since = next(times)
         work.read(cache[-1], model.progress)
         sizes.append(work.slice)
-    assert sizes == [8, 4]
+    assert sizes == [8, module.SMALLEST_SLICE]
 
 
 def test_a_second_turn_reads_only_what_is_not_exact_yet():
@@ -177,3 +180,34 @@ def test_ctrl_c_on_the_command_line():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and b"Traceback" not in err, err
+
+
+def test_the_bench_compares_with_the_exact_base():
+    pair, prompt = make_pair(), tokens(60)[0].tolist()
+    plain = bench.answer(pair, prompt, 12, None)
+    repaired = bench.answer(pair, prompt, 12, 1)
+    since = repaired.exact_from
+    assert since is not None and all(repaired.agrees[since:]) and len(plain.agrees) == 12
+    assert plain.exact_from is None and plain.speed(0, 12) > 0 and plain.speed(10, 12) is None
+
+
+def test_the_benchs_table():
+    plain = [bench.Answer([True, False, False, True], None, [0.0, 0.5, 1.0, 1.5])]
+    repaired = [bench.Answer([True, False, True, True], 2, [0.0, 1.0, 2.0, 2.25])]
+    lines = [line.split() for line in bench.report(plain, repaired, width=2)]
+    assert lines[1:3] == [
+        ["1", "to", "2", "0.500", "0.500", "0%"],
+        ["3", "to", "4", "0.500", "1.000", "100%"],
+    ]
+    assert [" ".join(line) for line in lines[3:]] == [
+        "not repaired: 2.0 tokens-per-sec", "during repair: 1.0 tokens-per-sec", "after repair: too few tokens",
+    ]  # fmt: skip
+
+
+def test_the_benchs_command(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n\n" * 40)
+    bench.main(str(DEMO_PAIR), text, prompt_tokens=64, max_tokens=8, prompts=2, budget=1, dequantize=True)
+    assert capsys.readouterr().out.startswith("2 prompts of 64 tokens, budget 1\n")
+    with pytest.raises(typer.BadParameter, match="expected at least 5000"):
+        bench.main(str(DEMO_PAIR), text, prompt_tokens=5000)
