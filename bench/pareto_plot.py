@@ -1,4 +1,7 @@
-"""`pareto.png`: every figure of quality against FLOPs and against measured TTFT, one line for each method."""
+"""Quality against FLOPs and against measured TTFT, one line for each method.
+
+`pareto.png` has every figure at every prompt length, `front.png` agreement and recall at the longest.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from kvpred_mlx.bench.report import machine_text
 
 STYLES = {
     "exact": ("black", "*", ""),
-    "predicted": ("tab:blue", "o", ""),
+    "predicted": ("tab:purple", "D", ""),
     "auxiliary": ("tab:green", "s", ""),
     "dial-last": ("tab:blue", "o", "-"),
     "dial-top": ("tab:cyan", "o", "-"),
@@ -31,8 +34,16 @@ AXES = {"flops": "FLOPs, share of the base's", "ttft": "TTFT, share of the base'
 
 def plot(results: Results, path: Path) -> None:
     """Rows: figures of quality; columns: FLOPs and TTFT at every prompt length."""
-    lengths = results["settings"]["prompt_lens"]
-    rows = [name for name in FIGURES if any(figure(c, name) for c in results["cells"])]
+    _draw(results, path, list(FIGURES), results["settings"]["prompt_lens"])
+
+
+def plot_front(results: Results, path: Path) -> None:
+    """The same for agreement and recall at the longest prompt."""
+    _draw(results, path, ["agreement", "recall"], [max(results["settings"]["prompt_lens"])])
+
+
+def _draw(results: Results, path: Path, names: list[str], lengths: list[int]) -> None:
+    rows = [name for name in names if any(figure(c, name) for c in results["cells"])]
     columns = [(n, axis) for n in lengths for axis in AXES if any(c[axis] for c in _at(results, n))]
     size = (3.2 * len(columns) + 2.4, 2.6 * max(1, len(rows)) + 1)
     drawing = Figure(figsize=size, layout="constrained")
@@ -71,6 +82,8 @@ def _lines(axes: Any, results: Results, n: int, axis: str, name: str | None) -> 
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     smallest = min(c[axis] / exact[axis] for c in _at(results, n) if c[axis])
     axes.set_xlim(0.8 * smallest, 1.2)
+    if name == "recall":
+        axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=7)
 

@@ -117,7 +117,8 @@ def test_files(front, tmp_path):
     assert pareto_report.read(tmp_path / "results.json") == front
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 8 and float(rows[1]["agreement"]) == front["cells"][1]["quality"]["agreement"]["mean"]
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("pareto.png", "front.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert pareto_report.markdown(front).count("\n") == 9
     by_depth = pareto_report.recall_markdown(front).splitlines()
     assert by_depth[0].count("key-value") == by_depth[0].count("passkey") == 5 and len(by_depth) == 10
