@@ -34,7 +34,7 @@ SHOWN = ("agreement", "first_token_agreement", "retention", "cross_entropy")
 BUDGETS = [0.05, 0.1, 0.2, 0.4]
 Results = dict[str, Any]
 Cell = dict[str, Any]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def pareto(
     settings: Settings,
     data: Data | None = None,
     before: Results | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda done, total, what: None,
     finished: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """Measure the front of a pair; the schema of what is returned is in docs/dial.md.
@@ -181,7 +181,7 @@ def _score(
     without: Prefill = lambda prompt: (pair.base, make_prompt_cache(pair.base))
     found = quality.measure(
         pair, cut, {"exact": METHODS["exact"].prefill(pair, 0.0), "no prompt": without} | prefills(pair, cells),
-        seed=settings.seed, progress=lambda done, total: progress(f"{n} tokens: text", done, total),
+        seed=settings.seed, progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
     )  # fmt: skip
     for cell in cells:
         figures = found.modes[label(cell)]
@@ -205,7 +205,7 @@ def _recall(
             prefill = METHODS[cell["method"]].prefill(pair, cell["budget"] or 0.0)
             right = recall_score.recalled(
                 prefill, asked,
-                progress=lambda done, total, cell=cell: progress(f"{n} tokens: recall, {label(cell)}", done, total),
+                progress=lambda done, total, cell=cell: progress(done, total, f"{n} tokens: recall, {label(cell)}"),
             )  # fmt: skip
             cell["recall"] = recall_score.summary(asked, right)
             finished()
@@ -224,7 +224,7 @@ def _time(
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for trial in range(settings.trials + 1):
         for i, (name, prefill) in enumerate(made.items()):
-            progress(f"{n} tokens: TTFT, {name}", trial * len(made) + i, (settings.trials + 1) * len(made))
+            progress(trial * len(made) + i, (settings.trials + 1) * len(made), f"{n} tokens: TTFT, {name}")
             spent = first_token_seconds(prefill, tokens)
             if trial:
                 seconds[name].append(spent)

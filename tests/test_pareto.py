@@ -167,7 +167,7 @@ def test_command(run, tmp_path):
                "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents", "--output-dir", out]  # fmt: skip
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
-    assert sorted(f.name for f in out.iterdir()) == ["pareto.png", "results.csv", "results.json"]
+    assert sorted(f.name for f in out.iterdir()) == ["front.png", "pareto.png", "results.csv", "results.json"]
     code, stdout, _ = run("pareto", *options, "--json", "--no-plot")
     assert code == 0 and json.loads(stdout)["complete"]
     code, _, err = run("pareto", *options, "--seed", 7)

@@ -7,11 +7,12 @@ import sys
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
+from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -98,7 +99,8 @@ def bench(
         write(folder, results, plot=not no_plot)
 
     try:
-        _with_progress(run_bench, pair, name, settings, prompt, notes, finished)
+        with progress_bar("warming up") as progress:
+            run_bench(pair, name, settings, prompt, notes, progress, finished)
     finally:
         if results:
             _show(results, folder, as_json)
@@ -118,28 +120,6 @@ def _show(results: Results, folder: Path, as_json: bool) -> None:
     for line in remarks(results):
         print(line, file=sys.stderr)
     print(f"results: {folder}", file=sys.stderr)
-
-
-def _with_progress(
-    run: Any,
-    pair: KVPredictionModel,
-    name: str,
-    settings: Settings,
-    prompt: list[int] | None,
-    notes: list[str],
-    finished: Any,
-) -> None:
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
-
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("warming up", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        run(pair, name, settings, prompt, notes, progress, finished)
-        bar.update(task, completed=1, total=1, description="done")
 
 
 def _load(

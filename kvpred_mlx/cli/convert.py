@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvpred_mlx.cli.progress import progress_bar
 
 
 class Dtype(StrEnum):
@@ -46,16 +47,13 @@ def convert(
     if not quantize and (q_bits is not None or q_group_size is not None):
         raise typer.BadParameter("--q-bits and --q-group-size need -q", param_hint="--quantize")
     import mlx.core as mx
-    from rich.console import Console
-    from rich.progress import Progress
 
     from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
     from kvpred_mlx.hub import check_access, upload
 
     if upload_repo is not None:
         check_access(upload_repo)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("Converting", total=None)
+    with progress_bar("Converting") as progress:
         convert_checkpoint(
             checkpoint,
             config,
@@ -64,7 +62,7 @@ def convert(
             dtype=getattr(mx, dtype.value) if dtype else None,
             quantization=Quantization(q_group_size, q_bits, q_mode.value) if quantize else None,
             overwrite=overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     size = sum(f.stat().st_size for f in mlx_path.iterdir())
     print(f"{mlx_path}: {size / 1e6:.1f} MB")

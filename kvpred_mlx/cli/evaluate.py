@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli.progress import progress_bar
+
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
 
@@ -96,7 +98,6 @@ def evaluate(
 
 def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> None:
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
 
     from kvpred_mlx.bench.evaluate.report import table, write
 
@@ -107,13 +108,7 @@ def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> Non
         write(folder, results, plot)
 
     try:
-        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("loading data", total=None)
-
-            def progress(done: int, total: int, what: str) -> None:
-                bar.update(task, completed=done, total=total, description=what)
-
+        with progress_bar("loading data") as progress:
             evaluation.run(progress, finished)
     finally:
         if results:

@@ -17,6 +17,7 @@ from kvpred_mlx.cli.making import (
     TextKey,
     UploadRepo,
 )
+from kvpred_mlx.cli.progress import progress_bar
 
 
 def fit(
@@ -65,7 +66,7 @@ def fit(
         raise typer.BadParameter(str(error), param_hint="--layer-map") from error
     packed = making.pack(first.tokenizer, training, max_seq_length, data)
     settings = FitSettings(tokens, batch_size, source or DEFAULT, layer_map, ridge, seed)
-    with making.progress_bar("fitting") as progress:
+    with progress_bar("fitting") as progress:
         fitted = fit_predictor(first.model, second.model, packed, settings, progress)
     pair = join(first, second, fitted.predictor)
     figures = making.held_out_figures(pair, first.tokenizer, held_out, making.prompt_lengths(max_seq_length))

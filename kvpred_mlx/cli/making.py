@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.data import PackedSequences
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from kvpred_mlx.pairing import LoadedModel
     from kvpred_mlx.quality import Quality
 
-Progress = Callable[[int, int], None]
 Data = Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")]
 TextKey = Annotated[str, typer.Option(help="Where a JSONL line has its text.")]
 Base = Annotated[str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")]
@@ -40,20 +38,6 @@ Dequantize = Annotated[
         "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
     ),
 ]
-
-
-@contextmanager
-def progress_bar(what: str, unit: str = "batches") -> Iterator[Progress]:
-    """A progress bar on standard error, as a function of how much is done and the total."""
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
-
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def load_models(
@@ -135,7 +119,7 @@ def held_out_figures(
     for n in prompt_tokens:
         if max(map(len, ids), default=0) >= n + SCORE_TOKENS:
             windows = cut_windows(ids, n, SCORE_TOKENS, tokenizer, most)
-            with progress_bar(f"quality at {n} tokens", "windows") as progress:
+            with progress_bar(f"quality at {n} tokens") as progress:
                 figures.append(measure(pair, windows, progress=progress))
     return figures
 

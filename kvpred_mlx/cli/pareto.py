@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
 from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
+from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.pareto import Data, Results, Settings
@@ -66,6 +67,7 @@ def pareto(
     set_device(device)
 
     from kvpred_mlx.bench.pareto import Settings
+    from kvpred_mlx.bench.pareto import pareto as run
     from kvpred_mlx.bench.pareto_report import read, write
 
     settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
@@ -83,7 +85,8 @@ def pareto(
         write(output_dir, results, plot=not no_plot)
 
     try:
-        _with_progress(model, name, settings, held_out, before, finished)
+        with progress_bar("counting FLOPs") as progress:
+            run(model, name, settings, held_out, before, progress, finished)
     finally:
         if results:
             _show(results, output_dir, as_json)
@@ -137,24 +140,6 @@ def _load(
         raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
     return model, name, Data(tokenizer, documents, ids)
-
-
-def _with_progress(
-    model: KVPredictionModel, name: str, settings: Settings, data: Data | None, before: Results | None, finished: Any
-) -> None:  # fmt: skip
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
-
-    from kvpred_mlx.bench.pareto import pareto as run
-
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("counting FLOPs", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        run(model, name, settings, data, before, progress, finished)
-        bar.update(task, completed=1, total=1, description="done")
 
 
 def _show(results: Results, folder: Path, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
+from kvpred_mlx.cli.progress import progress_bar
 
 
 def quality(
@@ -57,7 +58,7 @@ def quality(
     figures = []
     for n in lengths:
         cut = cut_windows(ids, n, score_tokens, tokenizer, windows)
-        with making.progress_bar(f"quality at {n} tokens") as progress:
+        with progress_bar(f"quality at {n} tokens") as progress:
             figures.append(measure(model, cut, batch_size=batch_size, seed=seed, progress=progress))
     if as_json:
         print(json.dumps([dataclasses.asdict(q) for q in figures]))

@@ -20,6 +20,7 @@ from kvpred_mlx.cli.making import (
     TextKey,
     UploadRepo,
 )
+from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.loop import Report, Settings
@@ -159,7 +160,7 @@ def _begin(
     first, second = making.load_models(*parts)
     packed = making.pack(first.tokenizer, training, max_seq_length, data)
     settings = FitSettings(fit_tokens, source=source or DEFAULT, layer_map=layer_map, seed=seed)
-    with making.progress_bar("fitting") as progress:
+    with progress_bar("fitting") as progress:
         fitted = fit(first.model, second.model, packed, settings, progress)
     made = [
         f"The predictor (source {settings.source}) was first fitted in closed form on {fitted.tokens:,} tokens."
