@@ -13,7 +13,7 @@ from typing import Any
 
 KINDS = ("key-value", "passkey")
 DIGITS = 4
-STATEMENT_TOKENS = 20  # room for one, in rows to train on
+FACTS_SHARE = 0.7  # of the tokens of a row to train on, at most
 PASSKEY_SHARE = 0.2  # of those rows
 ADJECTIVES = [
     "amber",
@@ -200,13 +200,16 @@ class RecallTask:
         return Question(ids, self._encode(f" {value}"), kind, depth)
 
     def row(self, tokens: int) -> list[int]:
-        """`tokens` ids to train on: every fact stands several times, so that it can be recalled from its second time on."""
-        most = max(2, tokens // STATEMENT_TOKENS)
+        """`tokens` ids to train on: every fact stands several times, so that it can be recalled from its second time on.
+
+        Raises:
+            ValueError: the facts alone have more tokens, or the text is too short.
+        """
+        kind = "passkey" if self._random.random() < PASSKEY_SHARE else "key-value"
+        (statement,), _ = self._facts(kind, 1)
+        most = max(2, int(FACTS_SHARE * tokens / len(self._encode(statement))))
         times = self._random.randint(2, min(4, most))
-        if self._random.random() < PASSKEY_SHARE:
-            statements, _ = self._facts("passkey", 1)
-        else:
-            statements, _ = self._facts("key-value", max(1, self._random.randint(most // 3, most) // times))
+        statements, _ = self._facts(kind, max(1, self._random.randint(most // 3, most) // times))
         return self._document([(self._random.random(), s) for s in statements * times], tokens, "")
 
     def _facts(self, kind: str, count: int) -> tuple[list[str], list[tuple[str, str]]]:

@@ -1,0 +1,93 @@
+"""The recipe of the bundled pair, in miniature: every step, passing over what is done, and the rows it trains on."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from kvpred_mlx import load
+from kvpred_mlx.bench import corpus, demo_pair, pretrain
+from kvpred_mlx.bench.demo_pair import Recipe, nemotron
+from kvpred_mlx.data import PackedSequences
+from kvpred_mlx.pairing import load_part
+
+MODULES = {
+    f"module{i}.py": "".join(f"def function_{i}_{j}(a, b):\n    return a * {j} + b\n\n\n" for j in range(40))
+    for i in range(30)
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes that take seconds, and the trainings of single models in this process; what they were called with."""
+    monkeypatch.setattr(corpus, "modules", lambda: MODULES)
+    monkeypatch.setattr(demo_pair, "VOCABULARY", 300)
+    configs = {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)}
+    monkeypatch.setattr(demo_pair, "CONFIGS", configs)
+    for name, value in {
+        "CONTEXT": 128,
+        "TEXT_TOKENS": 32,
+        "REPEATING_ROWS": 20,
+        "REPEATING_TOKENS": 24,
+    }.items():
+        monkeypatch.setattr(demo_pair, name, value)
+    monkeypatch.setattr(demo_pair, "PROMPT_TOKENS", (40,))
+    calls = []
+
+    def run(command, check):
+        calls.append(command)
+        monkeypatch.setattr(sys, "argv", command[2:])
+        pretrain.main()
+
+    monkeypatch.setattr(demo_pair.subprocess, "run", run)
+    return calls
+
+
+def test_every_step(small, tmp_path, monkeypatch):
+    iters = ",".join("2" * len(demo_pair.SHARES))
+    monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
+    demo_pair.main()
+    assert len(small) == 6
+    began = [c[c.index("--begin") + 1] if "--begin" in c else None for c in small]
+    folder = str(tmp_path)
+    assert began[:3] == [None, f"{folder}/base-text", f"{folder}/base-repeating"] and began[3] is None
+    pair, tokenizer = load(tmp_path / "pair")
+    ids = tokenizer.encode("return a\n", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "return a\n" and len(pair.layers) == 2
+    card = (tmp_path / "pair" / "README.md").read_text()
+    assert "base-text 2, base-repeating 2, base 2, auxiliary-text 2" in card and "Prompt 40 tokens" in card
+    trained = corpus.read(tmp_path / "train.jsonl")
+    held_out = corpus.read(tmp_path / "heldout.jsonl")
+    assert held_out and not set(trained) & set(held_out) and len(trained) + len(held_out) == len(MODULES)
+    before = (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
+    demo_pair.main()
+    assert len(small) == 6 and (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_lesson_begins_with_the_weights_of_the_one_before(small, tmp_path):
+    recipe = Recipe(tmp_path, minutes=0, iters=dict.fromkeys(demo_pair.SHARES, 1))
+    recipe.corpus()
+    recipe.pretrain("auxiliary")
+    before, after = (
+        np.array(load_part(str(tmp_path / name)).model.model.embed_tokens.weight)
+        for name in ("auxiliary-text", "auxiliary")
+    )
+    assert 0 < np.abs(before - after).max() < 0.01 < np.abs(before).max()
+
+
+def test_repeating_rows_begin_again():
+    text = PackedSequences(np.arange(3, 403).reshape(10, 40))
+    rows = corpus.repeating_rows(text, 50, 32, seed=0).rows
+    assert rows.shape == (50, 33) and rows.min() >= 3
+    periods = {next(p for p in range(1, 33) if (row[p:] == row[:-p]).all()) for row in rows}
+    assert min(periods) >= 8 and max(periods) < 16 and len(periods) > 3
+
+
+def test_short_rows_come_first():
+    rows = pretrain.Curriculum(np.arange(8 * 9).reshape(8, 9), short=1)
+    halves, whole = rows.batch(0, 2, seed=0), rows.batch(1, 2, seed=0)
+    assert halves.shape == (4, 5) and whole.shape == (2, 9)
+    assert halves[0, -1].item() == halves[2, 0].item()  # a half's last target is the next half's first input
