@@ -55,7 +55,7 @@ def test_every_step(small, tmp_path, monkeypatch):
     assert began[:3] == [None, f"{folder}/base-text", f"{folder}/base-repeating"] and began[3] is None
     pair, tokenizer = load(tmp_path / "pair")
     ids = tokenizer.encode("return a\n", add_special_tokens=False)
-    assert tokenizer.decode(ids) == "return a\n" and len(pair.layers) == 2
+    assert tokenizer.decode(ids) == "return a\n" and len(pair.base.layers) == 2
     card = (tmp_path / "pair" / "README.md").read_text()
     assert "base-text 2, base-repeating 2, base 2, auxiliary-text 2" in card and "Prompt 40 tokens" in card
     trained = corpus.read(tmp_path / "train.jsonl")
