@@ -14,8 +14,7 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ import mlx_lm.utils
 import numpy as np
 
 from kvpred_mlx.bench import corpus
-from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, run
+from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, pretrain, run
 from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
+from kvpred_mlx.files import new_directory
 from kvpred_mlx.fit import FitSettings, fit
 from kvpred_mlx.loading import DEMO_PAIR, load, save
 from kvpred_mlx.loop import Settings, Trainer
@@ -153,23 +153,31 @@ class Recipe:
             (self.folder / f"{name}.new.npy").replace(self.folder / f"{name}.npy")
 
     def pretrain(self, role: str) -> None:
-        """Base or auxiliary, each lesson in a process of its own: under `mlx.launch` there may be several."""
-        config = self.folder / f"{role}.json"
-        config.write_text(json.dumps(CONFIGS[role]))
-        begin: list[Any] = []
+        """Base or auxiliary, one lesson after the other."""
+        begin: Path | None = None
         for lesson in LESSONS:
-            name = role + lesson.suffix
-            out = self.folder / name
+            out = self.folder / f"{role}{lesson.suffix}"
             if not out.exists():
-                command: list[Any] = [sys.executable, "-m", "kvpred_mlx.bench.pretrain"]
-                command += [config, self.folder / lesson.rows, out, *begin]
-                command += ["--minutes", self.budget(name).minutes, "--short", lesson.short]
-                command += ["--batch-size", self.batch_size * lesson.batch_size]
-                command += ["--learning-rate", lesson.learning_rate]
-                command += ["--iters", self.budget(name).iters] if self.budget(name).iters else []
-                command += ["--tokenizer", self.folder / "tokenizer"]
-                subprocess.run(list(map(str, command)), check=True)
-            begin = ["--begin", out]
+                self._teach(CONFIGS[role], lesson, begin, out)
+            begin = out
+
+    def _teach(self, config: dict[str, Any], lesson: Lesson, begin: Path | None, out: Path) -> None:
+        settings = Settings(
+            batch_size=self.batch_size * lesson.batch_size, learning_rate=lesson.learning_rate, warmup=50,
+            end_learning_rate=0.02, save_every=200,
+        )  # fmt: skip
+        rows = PackedSequences(np.load(self.folder / lesson.rows))
+        states = self.folder / f"{out.name}.state"
+        model = pretrain(config, rows, self.budget(out.name), settings, states, begin, lesson.short)
+
+        def save_model() -> None:
+            with new_directory(out) as directory:
+                mlx_lm.utils.save_model(directory, model)
+                mlx_lm.utils.save_config(dict(config), directory / "config.json")
+                for file in (self.folder / "tokenizer").iterdir():
+                    shutil.copy(file, directory)
+
+        alone(save_model)
 
     def fit(self) -> None:
         """The closed-form fit."""
@@ -181,7 +189,7 @@ class Recipe:
         save(out, join(base, auxiliary, fitted.predictor), base.tokenizer)
 
     def train(self, stage: str, begin: str, learning_rate: float, short: float) -> None:
-        """Joint training of the pair in `begin`; under `mlx.launch` the first process saves.
+        """Joint training of the pair in `begin`.
 
         Args:
             short: the share of the steps that are taken on halved rows.
@@ -201,9 +209,8 @@ class Recipe:
 
         with restored_types(pair):
             states = self.folder / f"{stage}.state"
-            group = run(trainer, self._rows(), self.budget(stage), settings, states, short).group
-        if not group.rank():
-            save(out, pair, tokenizer)
+            run(trainer, self._rows(), self.budget(stage), settings, states, short)
+        alone(lambda: save(out, pair, tokenizer))
 
     def _rows(self) -> PackedSequences:
         return PackedSequences(np.load(self.folder / "recall.npy"))
@@ -244,6 +251,14 @@ class Recipe:
         return f"Steps of {self.batch_size} rows of {CONTEXT} tokens, halved for the first part: {said}."
 
 
+def alone(step: Callable[[], None]) -> None:
+    """Run a step in the first process; the others of `mlx.launch` wait for it."""
+    group = mx.distributed.init()
+    if not group.rank():
+        step()
+    mx.eval(mx.distributed.all_sum(mx.array(0.0), group=group))
+
+
 def main() -> None:
     """Run the steps that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,14 +269,13 @@ def main() -> None:
     a = parser.parse_args()
     iters = dict(zip(SHARES, map(int, a.iters.split(",")), strict=True)) if a.iters else {}
     recipe = Recipe(a.folder, a.minutes, iters, a.batch_size)
-    recipe.corpus()
+    alone(recipe.corpus)
     recipe.pretrain("base")
     recipe.pretrain("auxiliary")
-    recipe.fit()
+    alone(recipe.fit)
     recipe.train("joint", "fitted", learning_rate=1e-3, short=SHORT_SHARE)
     recipe.train("polished", "joint", learning_rate=5e-4, short=1)
-    if not mx.distributed.init().rank():
-        print(recipe.finish())
+    alone(lambda: print(recipe.finish()))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Pretraining of a small model on packed text, as much as a time budget allows: a step of `make demo-pair`.
 
-Not a product: just enough to make the bundled pair's base and auxiliary.  `python -m kvpred_mlx.bench.pretrain`, also
-under `mlx.launch`.
+Not a product: just enough to make the bundled pair's base and auxiliary.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-import mlx_lm.utils
-import numpy as np
 
 from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.files import new_directory
 from kvpred_mlx.loop import Report, Settings, Terms, Trainer, is_matrix, schedule
 from kvpred_mlx.model import build_model
 from kvpred_mlx.pairing import load_part
@@ -152,44 +146,3 @@ def show(report: Report) -> None:
             f"{left:.1f} min left",
             flush=True,
         )
-
-
-def main() -> None:
-    """Train on `ROWS.npy` and write an mlx-lm model directory."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--iters", type=int, help="steps, instead of what the minutes allow")
-    parser.add_argument("--tokenizer", type=Path, help="folder whose files are copied beside the model")
-    parser.add_argument(
-        "--begin", type=Path, help="model whose weights to begin with, instead of random ones"
-    )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument(
-        "--short", type=float, default=SHORT_SHARE, help="share of the steps taken on halved rows, at first"
-    )
-    a = parser.parse_args()
-    config = json.loads(a.config.read_text())
-    settings = Settings(
-        batch_size=a.batch_size,
-        learning_rate=a.learning_rate,
-        warmup=50,
-        end_learning_rate=0.02,
-        save_every=200,
-    )
-    rows, budget = PackedSequences(np.load(a.rows)), Budget(a.minutes, a.iters)
-    states = a.out.with_name(f"{a.out.name}.state")
-    model = pretrain(config, rows, budget, settings, states, a.begin, a.short)
-    if not mx.distributed.init().rank():
-        with new_directory(a.out, overwrite=True) as directory:
-            mlx_lm.utils.save_model(directory, model)
-            mlx_lm.utils.save_config(config, directory / "config.json")
-            for file in a.tokenizer.iterdir() if a.tokenizer else ():
-                shutil.copy(file, directory)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ MODULES = {
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sizes that take seconds, and the trainings of single models in this process; what they were called with."""
+    """Sizes that take seconds; the models that trainings began with."""
     monkeypatch.setattr(corpus, "modules", lambda: MODULES)
     monkeypatch.setattr(demo_pair, "VOCABULARY", 300)
     configs = {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)}
@@ -34,25 +34,21 @@ def small(monkeypatch):
     }.items():
         monkeypatch.setattr(demo_pair, name, value)
     monkeypatch.setattr(demo_pair, "PROMPT_TOKENS", (40,))
-    calls = []
+    begun = []
 
-    def run(command, check):
-        calls.append(command)
-        monkeypatch.setattr(sys, "argv", command[2:])
-        pretrain.main()
+    def recorded(config, rows, budget, settings, folder, begin, short):
+        begun.append(begin and begin.name)
+        return pretrain.pretrain(config, rows, budget, settings, folder, begin, short)
 
-    monkeypatch.setattr(demo_pair.subprocess, "run", run)
-    return calls
+    monkeypatch.setattr(demo_pair, "pretrain", recorded)
+    return begun
 
 
 def test_every_step(small, tmp_path, monkeypatch):
     iters = ",".join("2" * len(demo_pair.SHARES))
     monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
     demo_pair.main()
-    assert len(small) == 6
-    began = [c[c.index("--begin") + 1] if "--begin" in c else None for c in small]
-    folder = str(tmp_path)
-    assert began[:3] == [None, f"{folder}/base-text", f"{folder}/base-repeating"] and began[3] is None
+    assert small == [None, "base-text", "base-repeating", None, "auxiliary-text", "auxiliary-repeating"]
     pair, tokenizer = load(tmp_path / "pair")
     ids = tokenizer.encode("return a\n", add_special_tokens=False)
     assert tokenizer.decode(ids) == "return a\n" and len(pair.base.layers) == 2
