@@ -23,7 +23,7 @@ import mlx_lm.utils
 import numpy as np
 
 from kvpred_mlx.bench import corpus
-from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, pretrain, run
+from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, muon, pretrain, run
 from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
@@ -31,6 +31,7 @@ from kvpred_mlx.files import new_directory
 from kvpred_mlx.fit import FitSettings, fit
 from kvpred_mlx.loading import DEMO_PAIR, load, save
 from kvpred_mlx.loop import Settings, Trainer
+from kvpred_mlx.loss import LossWeights
 from kvpred_mlx.pairing import join, load_part
 from kvpred_mlx.quality import SCORE_TOKENS, Quality, cut_windows, measure
 from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
@@ -58,8 +59,9 @@ SHARES = {
     "auxiliary-text": 0.07,
     "auxiliary-repeating": 0.02,
     "auxiliary": 0.06,
-    "joint": 0.18,
-    "polished": 0.07,
+    "joint": 0.08,
+    "polished": 0.04,
+    "sharpened": 0.13,
 }
 
 
@@ -81,6 +83,29 @@ class Lesson:
     short: float = SHORT_SHARE
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A joint training, one after another.
+
+    Args:
+        weights: of the loss terms; None: the paper's.
+        muon: whether matrices are trained with Muon, as in pretraining, or all with AdamW.
+        short: the share of the steps that are taken on halved rows.
+    """
+
+    name: str
+    learning_rate: float
+    short: float = SHORT_SHARE
+    weights: LossWeights | None = None
+    muon: bool = False
+    seed: int = 0
+
+
+STAGES = (
+    Stage("joint", 1e-3),
+    Stage("polished", 5e-4, short=1),
+    Stage("sharpened", 3e-3, weights=LossWeights(auxiliary=0.3, kv=0.3), muon=True, seed=3),
+)
 LESSONS = (
     Lesson("-text", "text.npy", 0.01),
     Lesson("-repeating", "repeating.npy", 0.01, batch_size=4, short=0),
@@ -188,28 +213,25 @@ class Recipe:
         fitted = fit(base.model, auxiliary.model, self._rows(), FitSettings())
         save(out, join(base, auxiliary, fitted.predictor), base.tokenizer)
 
-    def train(self, stage: str, begin: str, learning_rate: float, short: float) -> None:
-        """Joint training of the pair in `begin`.
-
-        Args:
-            short: the share of the steps that are taken on halved rows.
-        """
-        out = self.folder / stage
+    def train(self, stage: Stage, begin: str) -> None:
+        """Joint training of the pair in `begin`."""
+        out = self.folder / stage.name
         if out.exists():
             return
         pair, tokenizer = load(self.folder / begin)
         settings = Settings(
-            batch_size=self.batch_size, learning_rate=learning_rate, warmup=50, end_learning_rate=0.02,
-            save_every=50, dtype=default_dtype(),
+            batch_size=self.batch_size, learning_rate=stage.learning_rate, warmup=50, end_learning_rate=0.02,
+            save_every=50, seed=stage.seed, dtype=default_dtype(),
         )  # fmt: skip
 
         def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
             twin = load(self.folder / begin)[0] if states is None else pair
-            return joint_trainer(twin, rows, settings, state_folder=states)
+            optimizer = muon(settings) if stage.muon else None
+            return joint_trainer(twin, rows, settings, stage.weights, states, optimizer=optimizer)
 
         with restored_types(pair):
-            states = self.folder / f"{stage}.state"
-            run(trainer, self._rows(), self.budget(stage), settings, states, short)
+            states = self.folder / f"{stage.name}.state"
+            run(trainer, self._rows(), self.budget(stage.name), settings, states, stage.short)
         alone(lambda: save(out, pair, tokenizer))
 
     def _rows(self) -> PackedSequences:
@@ -227,7 +249,7 @@ class Recipe:
         out = self.folder / "pair"
         if out.exists():
             return out
-        pair, tokenizer = load(self.folder / "polished")
+        pair, tokenizer = load(self.folder / STAGES[-1].name)
         with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints
             mlx_lm.utils.quantize_model(pair, {}, group_size=GROUP_SIZE, bits=BITS)
         save(self.folder / "quantized", pair, tokenizer, overwrite=True)
@@ -273,8 +295,10 @@ def main() -> None:
     recipe.pretrain("base")
     recipe.pretrain("auxiliary")
     alone(recipe.fit)
-    recipe.train("joint", "fitted", learning_rate=1e-3, short=SHORT_SHARE)
-    recipe.train("polished", "joint", learning_rate=5e-4, short=1)
+    begin = "fitted"
+    for stage in STAGES:
+        recipe.train(stage, begin)
+        begin = stage.name
     alone(lambda: print(recipe.finish()))
 
 
