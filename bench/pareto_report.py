@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich import box
@@ -87,18 +88,17 @@ def markdown(results: Results) -> str:
 
 
 def recall_markdown(results: Results) -> str:
-    """Recall by kind and depth, a row for each cell that was asked."""
-    asked = [c for c in results["cells"] if c["recall"]]
-    depths = [(kind, depth) for kind, found in asked[0]["recall"]["depths"].items() for depth in found]
+    """Recall by depth (mean of the kinds), a row for each cell that recalls anything."""
+    asked = [c for c in results["cells"] if c["recall"] and c["recall"]["all"]["mean"]]
+    depths = list(next((kind for c in asked for kind in c["recall"]["depths"].values()), {}))
     lines = [
-        "| Prompt | Method | " + " | ".join(f"{kind} {depth}" for kind, depth in depths) + " |",
+        "| Prompt | Method | " + " | ".join(f"depth {depth}" for depth in depths) + " |",
         "| --- | --- |" + " --- |" * len(depths),
     ]
     for cell in asked:
-        shares = [cell["recall"]["depths"][kind][depth]["mean"] for kind, depth in depths]
-        lines.append(
-            f"| {cell['prompt_tokens']} | {label(cell)} | " + " | ".join(f"{s:.2f}" for s in shares) + " |"
-        )
+        kinds = cell["recall"]["depths"].values()
+        shares = [f"{mean(kind[depth]['mean'] for kind in kinds):.2f}" for depth in depths]
+        lines.append(f"| {cell['prompt_tokens']} | {label(cell)} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 

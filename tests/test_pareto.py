@@ -120,9 +120,9 @@ def test_files(front, tmp_path):
     for picture in ("pareto.png", "front.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert pareto_report.markdown(front).count("\n") == 9
+    recalled = [c for c in front["cells"] if c["recall"]["all"]["mean"]]
     by_depth = pareto_report.recall_markdown(front).splitlines()
-    assert by_depth[0].count("key-value") == by_depth[0].count("passkey") == 5 and len(by_depth) == 10
-    assert by_depth[2].startswith("| 96 | exact | ") and by_depth[2].count("|") == by_depth[0].count("|")
+    assert by_depth[0].count("depth") == 5 and len(by_depth) == 2 + len(recalled)
     (tmp_path / "results.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match="expected 'pareto' of schema 1"):
         pareto_report.read(tmp_path / "results.json")
