@@ -25,7 +25,7 @@ FIGURES = {
 
 
 def write(folder: Path, results: Results, plot: bool) -> None:
-    """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png` and `front.png`."""
+    """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png` and (scored) `front.png`."""
     drawable = plot and any(c["flops"] for c in results["cells"]) and can_draw(results)
     write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
@@ -34,7 +34,8 @@ def write(folder: Path, results: Results, plot: bool) -> None:
         from kvpred_mlx.bench.pareto_plot import plot_front
 
         write_file(folder / "pareto.png", lambda path: draw(results, path))
-        write_file(folder / "front.png", lambda path: plot_front(results, path))
+        if any(c["quality"] for c in results["cells"]):
+            write_file(folder / "front.png", lambda path: plot_front(results, path))
 
 
 def read(path: Path) -> Results:
