@@ -273,8 +273,8 @@ def test_preset_list(run):
         (["--prompt-lens", "-5"], ["--prompt-lens"]),
         (["--prompt-lens", ""], ["--prompt-lens", "''"]),
         (
-            ["--prompt-lens", "64,513", "--model", DEMO_PAIR],
-            ["--prompt-lens", "513 tokens", "context of 512"],
+            ["--prompt-lens", "64,641", "--model", DEMO_PAIR],
+            ["--prompt-lens", "641 tokens", "context of 640"],
         ),
         (["--batch-sizes", "1,,2"], ["--batch-sizes", "''"]),
         (["--trials", "0"], ["--trials"]),

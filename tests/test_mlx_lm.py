@@ -224,7 +224,7 @@ def test_server_answers_like_generate(demo_pair, server):
 
 def test_server_multi_turn_and_trimmed_caches(demo_pair, server):
     model, tokenizer = demo_pair
-    turn = PROMPT + "    # second conversation\n"
+    turn = "# second conversation\n" + PROMPT  # nothing of it is in the server's cache yet
     cache = make_prompt_cache(model)
     first = kvpred_mlx.generate(model, tokenizer, turn, max_tokens=8, prompt_cache=cache)
     assert text_of(complete(server, turn)) == first
