@@ -19,6 +19,7 @@ import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import dequantize_model
 
+from kvpred_mlx.bench.statistics import paired_ratio
 from kvpred_mlx.generation import announce_prompt
 from kvpred_mlx.loading import load
 from kvpred_mlx.model import KVPredictionModel
@@ -72,12 +73,19 @@ def report(plain: Sequence[Answer], repaired: Sequence[Answer], width: int) -> l
             f"{start + 1:4} to {min(start + width, tokens):4}  {shares[0]:11.3f}  {shares[1]:8.3f}  {exact:10.0%}"
         )
     ends = [tokens if a.exact_from is None else a.exact_from for a in repaired]
-    during = [a.speed(0, end) for a, end in zip(repaired, ends, strict=True)]
-    after = [a.speed(end, tokens) for a, end in zip(repaired, ends, strict=True)]
-    names = ("not repaired", "during repair", "after repair")
-    for name, speeds in zip(names, ([a.speed(0, tokens) for a in plain], during, after), strict=True):
-        known = [s for s in speeds if s is not None]
+    speeds = {
+        "not repaired": [a.speed(0, end) for a, end in zip(plain, ends, strict=True)],
+        "during repair": [a.speed(0, end) for a, end in zip(repaired, ends, strict=True)],
+        "after repair": [a.speed(end, tokens) for a, end in zip(repaired, ends, strict=True)],
+    }
+    for name, found in speeds.items():
+        known = [s for s in found if s is not None]
         lines.append(f"{name}: {median(known):.1f} tokens-per-sec" if known else f"{name}: too few tokens")
+    before, during = speeds["not repaired"], speeds["during repair"]
+    both = [(a, b) for a, b in zip(during, before, strict=True) if a is not None and b is not None]
+    if both:
+        share = paired_ratio(*zip(*both, strict=True))
+        lines.append(f"speed during repair / not repaired, prompt by prompt: {share}")
     return lines
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +20,8 @@ BUDGET = 0.3
 FIRST_SLICE = 16  # tokens; then as many as take two to four decode steps
 SMALLEST_SLICE = 8  # less would not outrun the tokens that are generated meanwhile
 LARGEST_SLICE = 512
+FIRST_COST = 2  # decode steps: what the first slice is expected to take
+STEPS_TIMED = 9  # the latest ones without a slice, for the median
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Progress:
 
     Args:
         exact_from: the generated token (from 0) that is the first to come from an exact cache; None before.
-        seconds: that the repair took, all slices together.
+        seconds: by which the slices delayed decoding, all together.
         slices: how many there were.
     """
 
@@ -47,7 +51,8 @@ class RepairingModel(nn.Module):
 
     Args:
         pair: predicts and decodes.
-        budget: the share of time that the repair may take of each token's, on average; 1 reads a slice with every token.
+        budget: the share of decoding's time that the repair may take: at any moment since it began, tokens come at least
+            at (1 - budget) times their speed without it, as far as times can be foretold; 1 reads a slice with every token.
         max_kv_size: as in `KVPredictionModel.make_cache`.
 
     Raises:
@@ -70,8 +75,9 @@ class RepairingModel(nn.Module):
         if not work.steps:
             work.needed = isinstance(entry, AuxiliaryCache) and entry.prompt_open and not self.pair.exact
         work.steps += 1
-        # mlx-lm asks for the second token before it hands out the first: the third call is the first one after that.
-        if not work.needed or work.steps < 3 or not work.affordable(inputs):
+        if work.needed:
+            work.account(self.progress)
+        if not work.needed or not work.affordable(work.lag(entry)):
             logits = self.pair(inputs, cache=cache)
         elif work.lag(entry) > work.slice:
             work.read(entry, self.progress)
@@ -93,15 +99,21 @@ class RepairingModel(nn.Module):
 
 
 class _Work:
-    """The second cache, and the accounts: seconds earned by decoding, seconds spent on repair."""
+    """The second cache, and the accounts: seconds earned by decoding, seconds spent on repair.
+
+    Times are those from one call to the next, so that all a slice causes counts, also that decoding no longer runs ahead.
+    """
 
     def __init__(self, pair: KVPredictionModel, budget: float, max_kv_size: int | None):
         self._pair, self._max_kv_size = pair, max_kv_size
         self._per_second = budget / max(1 - budget, 1e-9)  # seconds earned by a second of decoding
         self._cache: list[Any] | None = None
         self._read = self.steps = 0
-        self._credit = self._step = 0.0
+        self._credit = 0.0
+        self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
+        self._per_token: float | None = None  # seconds of the last slice
         self._since: float | None = None
+        self._sliced = 0  # tokens that were read in the call before this one
         self.needed, self.slice = False, FIRST_SLICE
 
     def start(self, cache: list[Any]) -> None:
@@ -119,33 +131,49 @@ class _Work:
         """Tokens that the first cache has and the second has not."""
         return entry.size() - self._read
 
-    def affordable(self, inputs: mx.array) -> bool:
-        """Whether decoding has earned another slice."""
-        mx.eval(inputs)  # the step before is done: its time counts as decoding
+    def account(self, progress: Progress) -> None:
+        """At the beginning of a decode step: what the one before it earned or cost."""
+        # mlx-lm asks for the second token before it hands out the first: only the third call begins a plain step.
+        if self.steps < 3:
+            return
         now = time.perf_counter()
         if self._since is not None:
-            self._step = now - self._since
-            self._credit += self._step * self._per_second
+            self._enter(now - self._since, progress)
         self._since = now
-        return self._credit > 0
+
+    def _enter(self, seconds: float, progress: Progress) -> None:
+        if not self._sliced:
+            self._plain.append(seconds)
+        step = median(self._plain)
+        self._credit += step * self._per_second
+        if not self._sliced:
+            return
+        spent = max(0.0, seconds - step)
+        self._credit -= spent
+        progress.seconds += spent
+        self._per_token, self._sliced = spent / self._sliced, 0
+        if spent > 4 * step:
+            self.slice = max(SMALLEST_SLICE, self.slice // 2)
+        elif spent < 2 * step:
+            self.slice = min(LARGEST_SLICE, self.slice * 2)
+
+    def affordable(self, lag: int) -> bool:
+        """Whether decoding has earned what the next slice is going to take."""
+        if not self._plain:
+            return False
+        per_token = self._per_token
+        cost = FIRST_COST * median(self._plain) if per_token is None else per_token * min(self.slice, lag)
+        return self._credit >= cost
 
     def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
         """The next slice."""
-        assert self._cache is not None and self._since is not None
+        assert self._cache is not None
         tokens = entry.tail(self.lag(entry))[:, : self.slice]
         self._pair.base(tokens, cache=self._cache)
         mx.eval([c.state for c in self._cache])
-        self._read += tokens.shape[1]
-        now = time.perf_counter()
-        spent = now - self._since
-        self._credit -= spent
-        self._since = now
-        progress.seconds += spent
+        self._sliced = tokens.shape[1]
+        self._read += self._sliced
         progress.slices += 1
-        if spent > 4 * self._step:
-            self.slice = max(SMALLEST_SLICE, self.slice // 2)
-        elif spent < 2 * self._step:
-            self.slice = min(LARGEST_SLICE, self.slice * 2)
 
     def finish(self, inputs: mx.array, cache: list[Any], progress: Progress) -> mx.array:
         """The last slice and the decode step in one; from here on the second cache is the cache."""

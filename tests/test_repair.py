@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import subprocess
 import sys
@@ -37,10 +36,31 @@ def exact_continuation(model, given, n):
     return [token for token, _ in generate_step(given[0], model.base, max_tokens=n)]
 
 
-def slow_clock(monkeypatch, seconds_per_call=1.0):
-    """A clock that each look moves by a second: slices and steps cost the same."""
-    ticks = itertools.count()
-    monkeypatch.setattr(module.time, "perf_counter", lambda: seconds_per_call * next(ticks))
+def repaired_on_a_clock(monkeypatch, budget, prompt, n, seconds_per_token=0.1):
+    """A repair where a decode step takes a second and a slice `seconds_per_token` for each of its tokens.
+
+    Returns the model, and for each token the seconds until it was out.
+    """
+    model, now, times = RepairingModel(make_pair(), budget), [0.0], []
+    work, decode = model._work, type(model.pair)._decode
+    read, finish = work.read, work.finish
+
+    def timed(step, *arguments, seconds):
+        now[0] += seconds
+        return step(*arguments)
+
+    def slice_of(entry):
+        return seconds_per_token * min(work.slice, work.lag(entry))
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(work, "read", lambda e, p: timed(read, e, p, seconds=slice_of(e)))
+    monkeypatch.setattr(work, "finish", lambda i, c, p: timed(finish, i, c, p, seconds=1 + slice_of(c[-1])))
+    monkeypatch.setattr(type(model.pair), "_decode", lambda self, *a: timed(decode, self, *a, seconds=1))
+    options = {}
+    generation.announce_prompt(model.pair, prompt.size, options)
+    for _ in generate_step(prompt[0], model, max_tokens=n, **options):
+        times.append(now[0])
+    return model, times
 
 
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
@@ -48,17 +68,17 @@ def slow_clock(monkeypatch, seconds_per_call=1.0):
 def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliary, dial):
     pair = make_pair(base, auxiliary, exact_positions=dial)
     model, prompt = RepairingModel(pair, budget=1), tokens(61)
-    found, cache = generate(model, prompt, 14)
+    found, cache = generate(model, prompt, 20)
     start = model.progress.exact_from
-    assert start is not None and 2 <= start <= 8
+    assert start is not None and 3 <= start <= 14
     fed = mx.concatenate([prompt, mx.array([found])], axis=1)
     plain = make_prompt_cache(pair.base)
     pair.base(fed, cache=plain)
     assert difference(cache, [*plain, None]) < TOLERANCE
     prefix = mx.concatenate([prompt, mx.array([found[:start]])], axis=1)
-    assert found[start:] == exact_continuation(pair, prefix, 14 - start)
-    unrepaired, other = generate(pair, prompt, 14)
-    assert found[:2] == unrepaired[:2] and difference(other, [*plain, None]) > 0.01
+    assert found[start:] == exact_continuation(pair, prefix, 20 - start)
+    unrepaired, other = generate(pair, prompt, 20)
+    assert found[:3] == unrepaired[:3] and difference(other, [*plain, None]) > 0.01
 
 
 def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
@@ -73,30 +93,51 @@ def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
     assert reads and min(reads) >= 1
 
 
-@pytest.mark.parametrize(("budget", "share"), [(0.5, 0.5), (0.25, 0.25), (0.1, 0.1)])
-def test_the_budget_bounds_the_share_of_time(monkeypatch, budget, share):
-    slow_clock(monkeypatch)
-    model = RepairingModel(make_pair(), budget)
-    generate(model, tokens(200), 40)
-    work = model._work
-    spent = model.progress.seconds
-    assert model.progress.slices and spent <= share * (work.steps + spent) + 1
+@pytest.mark.parametrize("budget", [0.5, 0.3, 0.1])
+@pytest.mark.parametrize("seconds_per_token", [0.02, 0.1, 0.3])
+def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, seconds_per_token):
+    """But for the first slice, of which nothing is known."""
+    model, times = repaired_on_a_clock(monkeypatch, budget, tokens(200), 150, seconds_per_token)
+    assert model.progress.slices > 1
+    unknown = seconds_per_token * module.FIRST_SLICE
+    for i, seconds in enumerate(times):
+        assert seconds - times[0] <= i / (1 - budget) + unknown + 1e-6
+    end = model.progress.exact_from
+    if budget == 0.5 and seconds_per_token < 0.3:
+        assert end is not None and times[end] - times[0] <= (end + 1) / (1 - budget)
+        assert times[end] - times[0] > 0.7 * end / (1 - budget)  # it is used, too
+        assert times[-1] - times[end] == len(times) - 1 - end  # nothing is spent any more
 
 
-def test_a_slow_slice_makes_the_next_one_smaller(monkeypatch):
-    times = iter([0, 1, 2, 12, 13, 14, 24, 25, 26, 27])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
-    model = RepairingModel(make_pair(), budget=1)
-    cache = model.make_cache()
+def test_a_stall_is_no_earning_and_no_cost(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    work, progress = RepairingModel(make_pair(), 0.5)._work, module.Progress()
+    work.steps = 3
+    for seconds in (1, 1, 1, 100, 1):
+        work.account(progress)
+        now[0] += seconds
+    work.account(progress)
+    assert work._credit == 5 and progress.seconds == 0
+
+
+@pytest.mark.parametrize(("spent", "size"), [(12, 8), (3, 16), (1, 32)])
+def test_slices_take_two_to_four_steps(monkeypatch, spent, size):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    model = RepairingModel(make_pair(), budget=0.5)
+    cache, work = model.make_cache(), model._work
     model(tokens(300), cache=cache)
-    work, sizes = model._work, []
-    work.affordable(tokens(1))
-    for _ in range(2):
-        assert work.affordable(tokens(1))
-        work._since = next(times)
-        work.read(cache[-1], model.progress)
-        sizes.append(work.slice)
-    assert sizes == [8, module.SMALLEST_SLICE]
+    work.steps = 3
+    for _ in range(6):
+        work.account(model.progress)
+        now[0] += 1
+    work.account(model.progress)
+    assert work.affordable(work.lag(cache[-1]))
+    work.read(cache[-1], model.progress)
+    now[0] += spent + 1
+    work.account(model.progress)
+    assert work.slice == size and model.progress.seconds == spent
 
 
 def test_a_second_turn_reads_only_what_is_not_exact_yet():
@@ -201,6 +242,7 @@ def test_the_benchs_table():
     ]
     assert [" ".join(line) for line in lines[3:]] == [
         "not repaired: 2.0 tokens-per-sec", "during repair: 1.0 tokens-per-sec", "after repair: too few tokens",
+        "speed during repair / not repaired, prompt by prompt: 0.50 (0.50 to 0.50)",
     ]  # fmt: skip
 
 
