@@ -23,7 +23,7 @@ import mlx_lm.utils
 import numpy as np
 
 from kvpred_mlx.bench import corpus
-from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, muon, pretrain, run
+from kvpred_mlx.bench.pretrain import SHORT_SHARE, Budget, pretrain, run
 from kvpred_mlx.card import CardFacts, write_card
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.data import PackedSequences, encode
@@ -89,7 +89,6 @@ class Stage:
 
     Args:
         weights: of the loss terms; None: the paper's.
-        muon: whether matrices are trained with Muon, as in pretraining, or all with AdamW.
         short: the share of the steps that are taken on halved rows.
     """
 
@@ -97,14 +96,14 @@ class Stage:
     learning_rate: float
     short: float = SHORT_SHARE
     weights: LossWeights | None = None
-    muon: bool = False
+    optimizer: str = "adamw"
     seed: int = 0
 
 
 STAGES = (
     Stage("joint", 1e-3),
     Stage("polished", 5e-4, short=1),
-    Stage("sharpened", 3e-3, weights=LossWeights(auxiliary=0.3, kv=0.3), muon=True, seed=3),
+    Stage("sharpened", 3e-3, weights=LossWeights(auxiliary=0.3, kv=0.3), optimizer="muon", seed=3),
 )
 LESSONS = (
     Lesson("-text", "text.npy", 0.01),
@@ -189,7 +188,7 @@ class Recipe:
     def _teach(self, config: dict[str, Any], lesson: Lesson, begin: Path | None, out: Path) -> None:
         settings = Settings(
             batch_size=self.batch_size * lesson.batch_size, learning_rate=lesson.learning_rate, warmup=50,
-            end_learning_rate=0.02, save_every=200,
+            end_learning_rate=0.02, save_every=200, optimizer="muon",
         )  # fmt: skip
         rows = PackedSequences(np.load(self.folder / lesson.rows))
         states = self.folder / f"{out.name}.state"
@@ -221,13 +220,12 @@ class Recipe:
         pair, tokenizer = load(self.folder / begin)
         settings = Settings(
             batch_size=self.batch_size, learning_rate=stage.learning_rate, warmup=50, end_learning_rate=0.02,
-            save_every=50, seed=stage.seed, dtype=default_dtype(),
+            save_every=50, seed=stage.seed, dtype=default_dtype(), optimizer=stage.optimizer,
         )  # fmt: skip
 
         def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
             twin = load(self.folder / begin)[0] if states is None else pair
-            optimizer = muon(settings) if stage.muon else None
-            return joint_trainer(twin, rows, settings, stage.weights, states, optimizer=optimizer)
+            return joint_trainer(twin, rows, settings, stage.weights, states)
 
         with restored_types(pair):
             states = self.folder / f"{stage.name}.state"

@@ -14,10 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
 
 from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.loop import Report, Settings, Terms, Trainer, is_matrix, schedule
+from kvpred_mlx.loop import Report, Settings, Terms, Trainer
 from kvpred_mlx.model import build_model
 from kvpred_mlx.pairing import load_part
 
@@ -58,14 +57,11 @@ def pretrain(
     begin: Path | None = None,
     short: float = SHORT_SHARE,
 ) -> nn.Module:
-    """A model of `config`, trained from random weights or the model in `begin`; a state in `folder` is resumed from.
-
-    Matrices are trained with Muon (learning rate: the settings'), embeddings, norms and biases with AdamW.
-    """
+    """A model of `config`, trained from random weights or the model in `begin`; a state in `folder` is resumed from."""
 
     def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
         model = load_part(str(begin)).model if begin else new_model(config, settings.seed)
-        return Trainer(model, next_token_loss, rows, settings, states, optimizer=muon(settings))
+        return Trainer(model, next_token_loss, rows, settings, states)
 
     return run(trainer, rows, budget, settings, folder, short).model
 
@@ -114,17 +110,6 @@ def next_token_loss(model: nn.Module, batch: mx.array) -> tuple[mx.array, Terms]
     """Mean cross-entropy of the next token, for a batch `[B, L + 1]`."""
     logits = model(batch[:, :-1]).astype(mx.float32)
     return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean"), {}
-
-
-def muon(settings: Settings) -> optimizers.Optimizer:
-    """Muon for the matrices between the embeddings, AdamW at a tenth of its learning rate for the rest."""
-    inner = optimizers.Muon(schedule(settings), weight_decay=0)
-    rest = optimizers.AdamW(
-        schedule(settings, settings.learning_rate / 10), [0.9, 0.95], 1e-8, 0, bias_correction=True
-    )
-    return optimizers.MultiOptimizer(
-        [inner, rest], [lambda path, a: is_matrix(path, a) and "embed" not in path]
-    )
 
 
 def _affordable(trial: Trainer, minutes: float) -> int:

@@ -18,11 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
+from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from kvpred_mlx.data import PackedSequences
 from kvpred_mlx.files import new_directory
+from kvpred_mlx.optimizers import current_learning_rate, make_optimizer
 
 Terms = dict[str, mx.array]
 Loss = Callable[[Any, mx.array], tuple[mx.array, Terms]]
@@ -39,7 +40,8 @@ class Settings:
         learning_rate: the highest, at the end of the warm-up.
         end_learning_rate: the share of it that the cosine ends on.
         warmup: steps over which the learning rate rises from zero.
-        weight_decay: of matrices; norms and biases have none.
+        optimizer: `adamw` or `muon` (see `make_optimizer`).
+        weight_decay: of AdamW's matrices; norms and biases have none.
         grad_clip: the gradient's largest norm, 0 for no limit.
         grad_accumulation_steps: batches whose gradients are averaged for one step.
         save_every: steps between saved states.
@@ -53,6 +55,7 @@ class Settings:
     learning_rate: float = 1e-3
     end_learning_rate: float = 0.1
     warmup: int = 100
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     grad_accumulation_steps: int = 1
@@ -116,7 +119,6 @@ class Trainer:
         state_folder: where states are saved; what is there is resumed from (None: nothing is saved).
         identity: what else must be the same for a saved state to be resumed, as JSON.
         compiled: compile the step.
-        optimizer: default `adamw(settings)`.
 
     Raises:
         ValueError: the saved state belongs to other settings, or the batch size cannot be shared by the processes.
@@ -132,10 +134,9 @@ class Trainer:
         *,
         identity: dict[str, Any] | None = None,
         compiled: bool = True,
-        optimizer: optimizers.Optimizer | None = None,
     ):
         self.model, self.data, self.settings, self.folder = model, data, settings, state_folder
-        self.optimizer = optimizer or adamw(settings)
+        self.optimizer = make_optimizer(settings)
         self.group = mx.distributed.init()
         self.step = 0
         self._identity = {"settings": asdict(settings), "data": data.checksum(), **(identity or {})}
@@ -243,7 +244,7 @@ class Trainer:
         (loss, terms), gradient = tree_map(lambda a: a / len(batches), total)
         gradient = nn.average_gradients(gradient, self.group)
         if self.settings.grad_clip:
-            gradient, _ = optimizers.clip_grad_norm(gradient, self.settings.grad_clip)
+            gradient, _ = clip_grad_norm(gradient, self.settings.grad_clip)
         self.optimizer.update(self.model, gradient)
         return loss, terms
 
@@ -268,39 +269,6 @@ class Trainer:
             self.step, sums.loss / steps, {k: v / steps for k, v in sums.terms.items()},
             learning_rate, tokens / seconds, left, mx.get_peak_memory(),
         )  # fmt: skip
-
-
-def adamw(settings: Settings) -> optimizers.Optimizer:
-    """The paper's AdamW: betas (0.9, 0.95), eps 1e-8, no weight decay on norms and biases, cosine with warm-up."""
-    decayed, plain = (
-        optimizers.AdamW(schedule(settings), [0.9, 0.95], 1e-8, decay, bias_correction=True)
-        for decay in (settings.weight_decay, 0.0)
-    )
-    return optimizers.MultiOptimizer([decayed, plain], [is_matrix])
-
-
-def is_matrix(path: str, array: mx.array) -> bool:
-    """Whether a parameter is neither a norm's nor a bias."""
-    return array.ndim > 1
-
-
-def schedule(settings: Settings, peak: float | None = None) -> Callable[[mx.array], mx.array]:
-    """The learning rate by step: linear warm-up, then a cosine; `peak` in place of the settings' learning rate."""
-    peak = settings.learning_rate if peak is None else peak
-    warmup = min(settings.warmup, settings.iters - 1)
-    rest = settings.iters - warmup
-    cosine = optimizers.cosine_decay(peak, rest, peak * settings.end_learning_rate)
-    if not warmup:
-        return cosine
-    return optimizers.join_schedules(
-        [optimizers.linear_schedule(peak / warmup, peak, warmup), cosine], [warmup]
-    )
-
-
-def current_learning_rate(optimizer: optimizers.Optimizer) -> float:
-    """Of the last step; the first optimizer's where there are several."""
-    first = optimizer.optimizers[0] if isinstance(optimizer, optimizers.MultiOptimizer) else optimizer
-    return float(first.learning_rate)
 
 
 def saved_states(folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten
 
 from kvpred_mlx.cpu_prefill import on_cpu
@@ -30,7 +29,6 @@ def joint_trainer(
     freeze_auxiliary: bool = False,
     grad_checkpoint: bool = False,
     compiled: bool = True,
-    optimizer: optimizers.Optimizer | None = None,
 ) -> Trainer:
     """A trainer of the pair's auxiliary and predictor (paper, section 3.2; the recipe is CoreNet's).
 
@@ -40,7 +38,6 @@ def joint_trainer(
         state_folder: where states are saved and resumed from.
         freeze_auxiliary: train the predictor alone.
         grad_checkpoint: compute layers again in the backward pass instead of keeping their activations.
-        optimizer: default AdamW, as CoreNet has it.
 
     Raises:
         ValueError: weights to be trained are quantized.
@@ -58,9 +55,7 @@ def joint_trainer(
     loss = KVPredictionLoss(pair, weights)
     identity = {"weights": asdict(weights), "trained": sorted(trained), "source": pair.predictor.source}
     pair.base_taps.checkpointed = pair.auxiliary_taps.checkpointed = grad_checkpoint
-    return Trainer(
-        pair, loss, data, settings, state_folder, identity=identity, compiled=compiled, optimizer=optimizer
-    )
+    return Trainer(pair, loss, data, settings, state_folder, identity=identity, compiled=compiled)
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from pairs import make_pair, tokens
 
 from kvpred_mlx import load, save
 from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.loop import DivergedError, Settings, Trainer, saved_states, schedule
+from kvpred_mlx.loop import DivergedError, Settings, Trainer, saved_states
 from kvpred_mlx.loss import LossWeights
+from kvpred_mlx.optimizers import make_optimizer, schedule
 from kvpred_mlx.train import joint_trainer, restored_types
 
 FAMILIES = [
@@ -99,14 +100,34 @@ def test_quantized_parts():
     assert not same(before, weights(pair.predictor))
 
 
+@pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
+def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary):
+    pair = make_pair(base, auxiliary)
+    pair.freeze()
+    pair.auxiliary.unfreeze()
+    pair.predictor.unfreeze()
+    made = make_optimizer(dataclasses.replace(SETTINGS, optimizer="muon"))
+    made.init(pair.trainable_parameters())
+    of_muon, rest = (dict(tree_flatten(o.state)) for o in made.optimizers)
+    taken = {k.removesuffix(".v") for k in of_muon if k.endswith(".v")} - {""}
+    left = {k.removesuffix(".v") for k in rest if k.endswith(".v")}
+    assert taken | left == {k for k, _ in tree_flatten(pair.trainable_parameters())} and not taken & left
+    assert any(k.startswith("predictor.") for k in taken) and any("mlp" in k or "ffn" in k for k in taken)
+    for name, array in tree_flatten(pair.trainable_parameters()):
+        plain = array.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
+        assert (name in taken) == plain
+
+
 @pytest.mark.parametrize("compiled", [True, False])
-def test_resumed_training_gives_the_same_weights(tmp_path, compiled):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled):
     straight, resumed, last = (make_pair() for _ in range(3))
-    joint_trainer(straight, data(), SETTINGS, compiled=compiled).run()
-    first = joint_trainer(resumed, data(), SETTINGS, state_folder=tmp_path, compiled=compiled)
+    settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
+    joint_trainer(straight, data(), settings, compiled=compiled).run()
+    first = joint_trainer(resumed, data(), settings, state_folder=tmp_path, compiled=compiled)
     first.run(until=5)  # states are saved at 2 and 4: what comes after is lost, as when it is killed
     assert [p.name for p in saved_states(tmp_path)] == ["step-00000002", "step-00000004"]
-    second = joint_trainer(last, data(), SETTINGS, state_folder=tmp_path, compiled=compiled)
+    second = joint_trainer(last, data(), settings, state_folder=tmp_path, compiled=compiled)
     assert second.step == 4
     second.run()
     assert same(weights(straight), weights(last))
@@ -116,6 +137,9 @@ def test_other_settings_do_not_resume(tmp_path):
     joint_trainer(make_pair(), data(), SETTINGS, state_folder=tmp_path).run(until=3)
     other = dataclasses.replace(SETTINGS, learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"was trained with learning_rate 0.003, now 0.001: give the same"):
+        joint_trainer(make_pair(), data(), other, state_folder=tmp_path)
+    other = dataclasses.replace(SETTINGS, optimizer="muon")
+    with pytest.raises(ValueError, match=r"was trained with optimizer 'adamw', now 'muon'"):
         joint_trainer(make_pair(), data(), other, state_folder=tmp_path)
     with pytest.raises(ValueError, match=r"was trained with kv 1.0, now 2.0"):
         joint_trainer(make_pair(), data(), SETTINGS, LossWeights(kv=2.0), tmp_path)
@@ -202,6 +226,8 @@ def test_schedule_warms_up_and_decays():
 def test_settings_refused():
     with pytest.raises(ValueError, match="iters is 0, expected at least 1; learning_rate is nan"):
         Settings(iters=0, learning_rate=float("nan"))
+    with pytest.raises(ValueError, match="optimizer 'sgd', expected adamw or muon"):
+        joint_trainer(make_pair(), data(), dataclasses.replace(SETTINGS, optimizer="sgd"))
 
 
 WORKER = """

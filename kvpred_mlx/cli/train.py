@@ -48,9 +48,15 @@ def train(
     iters: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step, over all processes.")] = 4,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
-    learning_rate: Annotated[float, typer.Option(min=0, help="The highest.")] = 3e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw (the paper's) or muon.")] = "adamw",
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="The highest. Default: 3e-4, with muon 3e-3.")
+    ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of rising learning rate.")] = 100,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices, not of norms and biases.")] = 0.1,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of matrices, not of norms and biases. Default: 0.1; muon has none."),
+    ] = None,
     grad_clip: Annotated[
         float, typer.Option(min=0, help="The gradient's largest norm; 0 for no limit.")
     ] = 1.0,
@@ -82,16 +88,28 @@ def train(
     from kvpred_mlx.cli import making
     from kvpred_mlx.loop import Settings
     from kvpred_mlx.loss import LossWeights
+    from kvpred_mlx.optimizers import LEARNING_RATES
     from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
+    if optimizer not in LEARNING_RATES:
+        raise typer.BadParameter(
+            f"{optimizer!r}, expected {' or '.join(LEARNING_RATES)}", param_hint="--optimizer"
+        )
+    if optimizer == "muon" and weight_decay is not None:
+        raise typer.BadParameter(
+            f"{weight_decay:g}, expected none with --optimizer muon", param_hint="--weight-decay"
+        )
+    if learning_rate is None:
+        learning_rate = LEARNING_RATES[optimizer]
     making.check_output(mlx_path, overwrite, upload_repo)
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
         shutil.rmtree(states, ignore_errors=True)
     settings = Settings(
-        iters, batch_size, learning_rate, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
+        iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
+        weight_decay=0.1 if weight_decay is None else weight_decay, grad_clip=grad_clip,
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
