@@ -34,7 +34,7 @@ class AuxiliaryCache(CacheList):
     prompt_open = False  #: a predicted prompt is under way: short calls may continue it
     caught_up = False  #: the last call was predicted: the auxiliary has read all there is
     announced: tuple[int, int] | None = None  #: tokens done and in all, of a prompt of known length
-    exact_tokens = 0  #: tokens at the beginning whose base entries a repair has made exact
+    exact_tokens = 0  #: so many tokens at the beginning are known to have exact base entries
     provisional = 0  #: tokens of the last call, if it was too short to tell a prompt's end from a draft
     _lengths: list[int] | None = None  # tokens still to come in each row of a right-padded batch
 

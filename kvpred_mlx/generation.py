@@ -65,7 +65,7 @@ def stream_generate(
         draft_model: a pair's own auxiliary drafts from the cache with which it predicted the prompt, so it
             processes no prompt of its own.
         repair: recompute the prompt exactly behind the first token (see `RepairingModel`).
-        repair_budget: the share of each token's time that the repair may take, on average.
+        repair_budget: the share of decoding's time that the repair may take (see `RepairingModel`).
 
     Raises:
         ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; or a pair's
@@ -162,6 +162,8 @@ def footer(response: GenerationResponse) -> str:
     )
     if response.repair is None:
         return lines
+    if response.repair.exact_from == 0:
+        return f"{lines}\nRepair: nothing to do, all of the cache was exact"
     if response.repair.exact_from is None:
         return f"{lines}\nRepair: not finished, {response.repair_tps:.3f} tokens-per-sec meanwhile"
     return (

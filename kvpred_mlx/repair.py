@@ -29,9 +29,10 @@ class Progress:
     """How far a repair is.
 
     Args:
-        exact_from: the generated token (from 0) that is the first to come from an exact cache; None before.
-        seconds: by which the slices delayed decoding, all together.
-        slices: how many there were.
+        exact_from: the generated token (from 0) that is the first to come from an exact cache; None before, 0 if there
+            was nothing to repair.
+        seconds: by which the slices delayed decoding, but for the one that a decode step closes the repair with.
+        slices: how many there were, without that one.
     """
 
     exact_from: int | None = None
@@ -73,7 +74,11 @@ class RepairingModel(nn.Module):
             work.start(cache)
             return self.pair(inputs, cache=cache)
         if not work.steps:
-            work.needed = isinstance(entry, AuxiliaryCache) and entry.prompt_open and not self.pair.exact
+            work.needed = isinstance(entry, AuxiliaryCache) and entry.exact_tokens < entry.size()
+            if work.needed:
+                work.start(cache)
+            else:
+                self.progress.exact_from = 0
         work.steps += 1
         if work.needed:
             work.account(self.progress)
@@ -84,8 +89,6 @@ class RepairingModel(nn.Module):
             logits = self.pair(inputs, cache=cache)
         else:
             logits = work.finish(inputs, cache, self.progress)
-        if self.progress.exact_from is not None:
-            entry.exact_tokens = entry.size()
         return logits
 
     @property
@@ -113,14 +116,17 @@ class _Work:
         self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
         self._per_token: float | None = None  # seconds of the last slice
         self._since: float | None = None
-        self._sliced = 0  # tokens that were read in the call before this one
+        self._sliced, self._own = (
+            0,
+            0.0,
+        )  # tokens that were read in the call before this one, and seconds it took
         self.needed, self.slice = False, FIRST_SLICE
 
     def start(self, cache: list[Any]) -> None:
         """Before a prompt's first call: what earlier turns left exact need not be read again."""
-        if self._cache is not None:
+        if self._cache is not None or not isinstance(cache[-1], AuxiliaryCache):
             return
-        exact = getattr(cache[-1], "exact_tokens", 0)
+        exact = cache[-1].exact_tokens
         self._cache = make_prompt_cache(self._pair.base, self._max_kv_size)
         if exact and can_trim_prompt_cache(cache[:-1]):
             self._cache = copy.deepcopy(cache[:-1])
@@ -148,7 +154,8 @@ class _Work:
         self._credit += step * self._per_second
         if not self._sliced:
             return
-        spent = max(0.0, seconds - step)
+        # Beside its own time a slice keeps decoding from running a step ahead; what is more, it did not cause.
+        spent = max(0.0, min(seconds - step, self._own + step))
         self._credit -= spent
         progress.seconds += spent
         self._per_token, self._sliced = spent / self._sliced, 0
@@ -168,9 +175,11 @@ class _Work:
     def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
         """The next slice."""
         assert self._cache is not None
+        began = time.perf_counter()
         tokens = entry.tail(self.lag(entry))[:, : self.slice]
         self._pair.base(tokens, cache=self._cache)
         mx.eval([c.state for c in self._cache])
+        self._own = time.perf_counter() - began
         self._sliced = tokens.shape[1]
         self._read += self._sliced
         progress.slices += 1
@@ -184,4 +193,6 @@ class _Work:
         cache[:-1] = self._cache
         self.needed = False
         progress.exact_from = self.steps - 1
-        return self._pair.logged(logits, inputs, entry)
+        logits = self._pair.logged(logits, inputs, entry)
+        entry.exact_tokens = entry.size()
+        return logits

@@ -43,7 +43,7 @@ def repaired_on_a_clock(monkeypatch, budget, prompt, n, seconds_per_token=0.1):
     """
     model, now, times = RepairingModel(make_pair(), budget), [0.0], []
     work, decode = model._work, type(model.pair)._decode
-    read, finish = work.read, work.finish
+    finish, evaluate = work.finish, mx.eval
 
     def timed(step, *arguments, seconds):
         now[0] += seconds
@@ -52,8 +52,14 @@ def repaired_on_a_clock(monkeypatch, budget, prompt, n, seconds_per_token=0.1):
     def slice_of(entry):
         return seconds_per_token * min(work.slice, work.lag(entry))
 
+    def read(entry, progress):
+        seconds = slice_of(entry)
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "eval", lambda *a: timed(evaluate, *a, seconds=seconds))
+            type(work).read(work, entry, progress)
+
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(work, "read", lambda e, p: timed(read, e, p, seconds=slice_of(e)))
+    monkeypatch.setattr(work, "read", read)
     monkeypatch.setattr(work, "finish", lambda i, c, p: timed(finish, i, c, p, seconds=1 + slice_of(c[-1])))
     monkeypatch.setattr(type(model.pair), "_decode", lambda self, *a: timed(decode, self, *a, seconds=1))
     options = {}
@@ -121,8 +127,9 @@ def test_a_stall_is_no_earning_and_no_cost(monkeypatch):
     assert work._credit == 5 and progress.seconds == 0
 
 
-@pytest.mark.parametrize(("spent", "size"), [(12, 8), (3, 16), (1, 32)])
-def test_slices_take_two_to_four_steps(monkeypatch, spent, size):
+@pytest.mark.parametrize(("spent", "stall", "size"), [(12, 0, 8), (3, 0, 16), (1, 0, 32), (1, 500, 16)])
+def test_slices_take_two_to_four_steps(monkeypatch, spent, stall, size):
+    """What stands still after a slice, a reader of the answer for example, is not its cost."""
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     model = RepairingModel(make_pair(), budget=0.5)
@@ -134,10 +141,12 @@ def test_slices_take_two_to_four_steps(monkeypatch, spent, size):
         now[0] += 1
     work.account(model.progress)
     assert work.affordable(work.lag(cache[-1]))
+    evaluate = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), now.__setitem__(0, now[0] + spent)))
     work.read(cache[-1], model.progress)
-    now[0] += spent + 1
+    now[0] += stall + 1
     work.account(model.progress)
-    assert work.slice == size and model.progress.seconds == spent
+    assert work.slice == size and model.progress.seconds == (spent if not stall else spent + 1)
 
 
 def test_a_second_turn_reads_only_what_is_not_exact_yet():
@@ -157,8 +166,34 @@ def test_what_is_exact_already_is_not_repaired():
         model = RepairingModel(make_pair(), budget=1)
         for name, value in settings.items():
             setattr(model.pair, name, value)
-        generate(model, tokens(60), 8)
-        assert model.progress.slices == 0 and model.progress.exact_from is None
+        _, cache = generate(model, tokens(60), 8)
+        assert model.progress.slices == 0 and model.progress.exact_from == 0
+        assert cache[-1].exact_tokens == cache[-1].size() == 68
+
+
+@pytest.mark.parametrize("turn", [1, 5])
+def test_a_short_turn_repairs_what_an_earlier_one_left_predicted(turn):
+    pair = make_pair()
+    first, second = tokens(50, 1), tokens(turn, 2)
+    found, cache = generate(pair, first, 4)
+    logged = mx.concatenate([first, mx.array([found])], axis=1)
+    assert cache[-1].exact_tokens == 0
+    model = RepairingModel(pair, budget=1)
+    answer, cache = generate(model, second, 20, cache)
+    assert model.progress.exact_from and cache[-1].exact_tokens == cache[-1].size()
+    everything = mx.concatenate([logged, second, mx.array([answer])], axis=1)
+    assert cache[-1].size() == everything.shape[1]
+    assert difference(cache, reference_cache(pair, [("exact", everything)])) < TOLERANCE
+
+
+def test_an_exact_turn_is_not_read_again():
+    pair = make_pair()
+    pair.exact = True
+    _, cache = generate(pair, tokens(120, 1), 2)
+    pair.exact = False
+    model = RepairingModel(pair, budget=1)
+    generate(model, tokens(40, 2), 14, cache)
+    assert model.progress.exact_from and model.progress.slices <= 5  # of 8 tokens at least, not of 160
 
 
 def test_interrupted_repair_leaves_the_predicted_cache(monkeypatch):
@@ -194,6 +229,8 @@ def test_responses_and_footer(demo_pair):
     assert f"exact from generated token {last.repair.exact_from + 1} on" in generation.footer(last)
     *_, last = generation.stream_generate(model, tokenizer, prompt, 6, repair=True, repair_budget=1e-9)
     assert last.repair.exact_from is None and "Repair: not finished" in generation.footer(last)
+    *_, last = generation.stream_generate(model, tokenizer, "x = 1", 3, repair=True)
+    assert last.repair.exact_from == 0 and "Repair: nothing to do" in generation.footer(last)
     *_, last = generation.stream_generate(model, tokenizer, prompt, 3)
     assert last.repair is None and "Repair" not in generation.footer(last)
 

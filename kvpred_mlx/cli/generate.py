@@ -56,7 +56,7 @@ def generate(
         bool, typer.Option("--repair", help="Recompute the prompt exactly behind the first token.")
     ] = False,
     repair_budget: Annotated[
-        float, typer.Option(help="The share of each token's time that the repair may take, 0 to 1.")
+        float, typer.Option(help="The share of decoding's time that the repair may take, 0 to 1.")
     ] = 0.3,
     draft: DraftOption = None,
     num_draft_tokens: NumDraftTokensOption = 3,
