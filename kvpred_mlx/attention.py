@@ -28,10 +28,6 @@ class AttentionCalls:
         modules = {sys.modules[type(m).__module__] for m in model.modules()}
         self._modules = [m for m in modules if hasattr(m, NAME)]
 
-    def __bool__(self) -> bool:
-        """Whether the model's attention can be seen at all."""
-        return bool(self._modules)
-
     @contextmanager
     def seen_by(self, on_call: Callable[..., mx.array]) -> Iterator[None]:
         """Every call becomes `on_call(attention, queries, keys, values, cache, scale, mask, sinks)`."""

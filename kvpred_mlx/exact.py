@@ -120,7 +120,7 @@ def prefill(
 ) -> mx.array:
     """Fill the base's cache for `inputs` [B, L], exactly where the dial says so, else predicted.
 
-    Returns the logits: the base's own at exact positions (but those of `top`), teacher-forced ones elsewhere; all
+    Returns the logits: the base's own for the end (and, without `top`, the beginning), teacher-forced ones elsewhere; all
     the base's own in a call of fewer than `min_prompt_tokens` tokens, which may be a speculative decoder's draft.
     """
     tokens = inputs.shape[1]
@@ -133,10 +133,11 @@ def prefill(
         predicted = pair.predict(inputs[:, :read], entry) if read else []
     entry.append(inputs)
 
-    before, middle, after = (inputs[:, a:b] for a, b in pairwise((0, call.first, call.last, tokens)))
+    begin = 0 if call.top else call.first  # with a top, the first ones go through the base together with it
+    before, middle, after = (inputs[:, a:b] for a, b in pairwise((0, begin, call.last, tokens)))
     parts = [pair.base(before, cache=base_cache)] if before.size else []
     if middle.size:
-        part = slice(call.first, call.last)
+        part = slice(begin, call.last)
         filled = [KV(k[:, part], v[:, part]) for k, v in predicted]
         parts.append(_fill(pair, filled, middle, base_cache))
     chosen = _chosen(dial, call, heard, lags, lengths, inputs.shape[0])
@@ -182,7 +183,9 @@ def _chosen(
             return None
         lags = [*lags] * (rows // len(lags))
         scores = heard.scores(call.seen, call.tokens, lags)
-        return start + choose(scores[:, start:end], [call.top] * rows, [end - start] * rows)
+        top = start + choose(scores[:, start:end], [call.top] * rows, [end - start] * rows)
+        first = mx.arange(call.first) + (call.seen - call.tokens)
+        return mx.concatenate([mx.broadcast_to(first, (rows, call.first)), top], axis=1)
     ends = [n - dial.last_of(n) for n in lengths]
     parts = [mx.broadcast_to(mx.arange(start), (rows, start))] if start else []
     if call.top and start < call.tokens:

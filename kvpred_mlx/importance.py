@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.attention import AttentionCalls
 from kvpred_mlx.sites import UnsupportedModelError
@@ -37,11 +38,16 @@ class Importance:
 
     def __init__(self, model: nn.Module):
         self._family = getattr(model, "model_type", type(model).__module__)
-        self._calls = AttentionCalls(model)
+        self._model, self._calls = model, AttentionCalls(model)
+        self._audible: bool | None = None
 
     def check(self) -> None:
-        """Raise UnsupportedModelError if the family does not call mlx-lm's attention."""
-        if not self._calls:
+        """Raise UnsupportedModelError if the family does not call mlx-lm's attention; tried once, nothing is evaluated."""
+        if self._audible is None:
+            with self._calls.seen_by((heard := Heard()).note):
+                self._model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(self._model))
+            self._audible = bool(heard)
+        if not self._audible:
             raise UnsupportedModelError(
                 f"{self._family}: its attention cannot be seen, so it cannot choose the top positions"
             )
@@ -64,6 +70,9 @@ class Heard:
 
     def __init__(self) -> None:
         self._layers: dict[int, list[_Attention]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
 
     def note(
         self, attention: Any, queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
@@ -110,7 +119,7 @@ def choose(scores: mx.array, counts: list[int], limits: list[int]) -> mx.array:
     limit = mx.array(limits)[:, None]
     chunks = -(-N // CHUNK)
     counted = mx.pad(mx.broadcast_to(mx.arange(N) < limit, (B, N)), [(0, 0), (0, chunks * CHUNK - N)])
-    pooled = mx.where(counted, mx.pad(_pooled(scores), [(0, 0), (0, chunks * CHUNK - N)]), 0)
+    pooled = _pooled(mx.pad(scores, [(0, 0), (0, chunks * CHUNK - N)]), counted)
     sums, sizes = (a.reshape(B, chunks, CHUNK).sum(axis=-1) for a in (pooled, counted))
     order = mx.argsort(mx.where(sizes > 0, -sums / mx.maximum(sizes, 1), 1.0), axis=-1)
     columns = (order[..., None] * CHUNK + mx.arange(CHUNK)).reshape(B, -1)
@@ -121,13 +130,18 @@ def choose(scores: mx.array, counts: list[int], limits: list[int]) -> mx.array:
     return mx.sort(mx.where(wanted, best, best[:, :1]), axis=1)
 
 
-def _pooled(scores: mx.array) -> mx.array:
-    """The mean of each column and its neighbours, as far as there are any."""
+def _pooled(scores: mx.array, counted: mx.array) -> mx.array:
+    """The mean of each counted column and its counted neighbours; 0 elsewhere."""
     N = scores.shape[1]
-    sums = mx.pad(mx.cumsum(scores, axis=1), [(0, 0), (1, 0)])
     begin = mx.maximum(mx.arange(N) - POOL // 2, 0)
     end = mx.minimum(mx.arange(N) + POOL // 2 + 1, N)
-    return (mx.take(sums, end, axis=1) - mx.take(sums, begin, axis=1)) / (end - begin)
+
+    def around(values: mx.array) -> mx.array:
+        sums = mx.pad(mx.cumsum(values, axis=1), [(0, 0), (1, 0)])
+        return mx.take(sums, end, axis=1) - mx.take(sums, begin, axis=1)
+
+    means = around(mx.where(counted, scores, 0)) / mx.maximum(around(counted.astype(scores.dtype)), 1)
+    return mx.where(counted, means, 0)
 
 
 def _weights(call: _Attention) -> mx.array:

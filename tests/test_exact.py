@@ -110,11 +110,14 @@ def test_a_subset_is_what_one_token_after_the_other_gives(base, auxiliary, dial)
     prompt, n = tokens(50), 50
     seen = watched(model)
     cache = prefill(model, prompt)
-    chosen = set(seen[0][0][0]) if seen else set()
-    assert len(chosen) == (dial.top_of(n) if dial.top else 0)
-    tail = range(n - dial.last_of(n), n)
-    assert not chosen & {*range(dial.first), *tail}
-    expected = reference_cache(model, spans(n, chosen | {*range(dial.first), *tail}, prompt))
+    rows, sinks, tail = (
+        set(seen[0][0][0]) if seen else set(),
+        {*range(dial.first)},
+        {*range(n - dial.last_of(n), n)},
+    )
+    assert len(rows - sinks) == dial.top_of(n) and not rows & tail
+    assert bool(dial.top) == bool(rows) and (not rows or sinks <= rows)  # one pass for both
+    expected = reference_cache(model, spans(n, rows | sinks | tail, prompt))
     assert difference(cache, expected) < TOLERANCE
     assert difference(cache, reference_cache(model, [("predicted", prompt)])) > 0.01
 
@@ -201,11 +204,16 @@ def test_chunks_around_the_highest_scores_are_chosen():
     assert {*found[1]} == {*range(8)} and found[1] == sorted(found[1])
     assert choose(scores, [50, 1], [50, 50])[0].tolist() == [*range(50)]
     assert choose(scores[:, :3], [2, 2], [3, 3]).shape == (2, 2)
+    scores = mx.zeros((1, 32))
+    scores[0, 3], scores[0, 24:] = 0.1, 1.0
+    alone, padded = choose(scores[:, :24], [8], [24]), choose(scores, [8], [24])
+    assert alone.tolist() == padded.tolist() == [[*range(8)]]  # what does not count lifts no neighbour
 
 
-def test_an_auxiliary_whose_attention_cannot_be_seen():
-    model = make_pair("qwen3", "gemma2", exact_positions=ExactPositions(top=0.1))
-    with pytest.raises(UnsupportedModelError, match=r"^gemma2: its attention cannot be seen"):
+@pytest.mark.parametrize("family", ["gemma2", "gear"])
+def test_an_auxiliary_whose_attention_cannot_be_seen(family):
+    model = make_pair("qwen3", family, exact_positions=ExactPositions(top=0.1))
+    with pytest.raises(UnsupportedModelError, match=rf"^{family}: its attention cannot be seen"):
         prefill(model, tokens(40))
     model.exact_positions = ExactPositions(last=0.1)
     prefill(model, tokens(40))

@@ -52,10 +52,10 @@ def set_dial(pair: KVPredictionModel, exact_positions: ExactPositions | None) ->
     Raises:
         UnsupportedModelError: the pair's families cannot choose or compute the top positions.
     """
+    from kvpred_mlx.modes import Mode
+
+    Mode(positions=exact_positions).check(pair)
     pair.exact_positions = exact_positions
-    if exact_positions and exact_positions.top:
-        pair.rows.check()
-        pair.importance.check()
 
 
 def _count(text: str) -> int | float:
