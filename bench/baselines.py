@@ -25,7 +25,7 @@ from kvpred_mlx.bench.flops import (
     scores_flops,
 )
 from kvpred_mlx.bench.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
-from kvpred_mlx.exact import ExactPositions
+from kvpred_mlx.exact import Call, ExactPositions
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.modes import Mode
 from kvpred_mlx.quality import Prefill, prefill_of
@@ -43,12 +43,15 @@ class Method:
         prefill: of a pair at a budget.
         flops: of a pair, a prompt of so many tokens, and a budget.
         budgets: whether the budget means anything.
+        needs: what the pair's families must be able to do: `top` (choose and compute tokens anywhere), `rows`
+            (compute them), `drop` (leave some out).
     """
 
     title: str
     prefill: Callable[[KVPredictionModel, float], Prefill]
     flops: Callable[[KVPredictionModel, int, float], int]
     budgets: bool = True
+    needs: tuple[str, ...] = ()
 
 
 def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
@@ -90,20 +93,21 @@ def _dial(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     return Method(
         title, lambda pair, budget: dialled(pair, dial(budget)),
         lambda pair, n, budget: dial_flops(pair, dial(budget), n),
+        needs=("top", "rows") if dial(0.5).top else (),
     )  # fmt: skip
 
 
 def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     def prefill(pair: KVPredictionModel, budget: float) -> Prefill:
-        wanted = dial(budget)
-        return drop_all_but(pair, attended(pair, wanted.top_of, wanted.last_of))
+        return drop_all_but(pair, attended(pair, dial(budget)))
 
     def flops(pair: KVPredictionModel, n: int, budget: float) -> int:
-        kept = dial(budget).top_of(n - 1) + dial(budget).last_of(n - 1)
+        call = Call.of(dial(budget), n - 1, announced=None, windowed=False)
+        kept = call.first + call.top + n - 1 - call.last
         auxiliary = Cost(read(pair), auxiliary_caches(pair)).until(n - 1)
         return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
 
-    return Method(title, prefill, flops)
+    return Method(title, prefill, flops, needs=("top", "rows", "drop"))
 
 
 def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:
@@ -127,13 +131,15 @@ METHODS: dict[str, Method] = {
     "dial-top": _dial("dial: top", _top),
     "dial-both": _dial("dial: 4 first, last and top", _both),
     "sparse-top": _sparse("sparse prefill: top", _top),
-    "sparse-both": _sparse("sparse prefill: last and top", lambda b: ExactPositions(last=b / 2, top=b / 2)),
+    "sparse-both": _sparse("sparse prefill: 4 first, last and top", _both),
     "last-only": Method(
-        "the last tokens only", lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept
+        "the last tokens only", lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept,
+        needs=("drop",),
     ),
     "random": Method(
         "random tokens only",
         lambda pair, budget: drop_all_but(pair, at_random(_last(budget).last_of, seed=0)), _kept,
+        needs=("rows", "drop"),
     ),
     "pruned": Method(
         "base with that share of layers", lambda pair, budget: prefill_of(pruned(pair.base, budget)),
@@ -144,15 +150,12 @@ METHODS: dict[str, Method] = {
 
 def usable(pair: KVPredictionModel, names: list[str]) -> dict[str, str]:
     """Which of the methods the pair's families cannot do, and why."""
+    checks = {"top": pair.importance.check, "rows": pair.rows.check, "drop": lambda: check_windows(pair.base)}
     reasons = {}
     for name in names:
         try:
-            if "top" in name or "both" in name:
-                pair.importance.check()
-            if "top" in name or "both" in name or name == "random":
-                pair.rows.check()
-            if name.startswith("sparse") or name in ("random", "last-only"):
-                check_windows(pair.base)
+            for need in METHODS[name].needs:
+                checks[need]()
         except ValueError as error:
             reasons[name] = str(error)
     return reasons

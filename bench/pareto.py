@@ -15,22 +15,25 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx import quality
 from kvpred_mlx.bench import machine, recall_score
 from kvpred_mlx.bench.baselines import METHODS, usable
 from kvpred_mlx.bench.run import describe_pair
-from kvpred_mlx.bench.statistics import paired_ratio
+from kvpred_mlx.bench.statistics import paired_ratio, paired_shares
 from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.quality import Prefill
+from kvpred_mlx.quality import Prefill, Windows, cut_windows
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "pareto"
 SHOWN = ("agreement", "first_token_agreement", "retention", "cross_entropy")
+OVER = "predicted"  # what gains are over
 BUDGETS = [0.05, 0.1, 0.2, 0.4]
 Results = dict[str, Any]
 Cell = dict[str, Any]
@@ -70,6 +73,24 @@ class Data:
     documents: Sequence[str]
     ids: Sequence[Sequence[int]]
 
+    def windows(self, settings: Settings) -> dict[int, Windows]:
+        """Prompts of real text, by their length."""
+        return {
+            n: cut_windows(self.ids, n, settings.score_tokens, self.tokenizer, settings.windows)
+            for n in settings.prompt_lens
+        }
+
+    def describe(self, windows: dict[int, Windows]) -> dict[str, Any]:
+        """What tells this text from another, and how much of it is scored."""
+        checksum = 0
+        for ids in self.ids:
+            checksum = crc32(np.asarray(ids, np.int64).tobytes(), checksum)
+        return {
+            "checksum": checksum,
+            "windows": {str(n): len(cut) for n, cut in windows.items()},
+            "documents": {str(n): len(set(cut.documents)) for n, cut in windows.items()},
+        }
+
 
 def pareto(
     pair: KVPredictionModel,
@@ -89,10 +110,11 @@ def pareto(
         finished: called with the results so far after every step.
 
     Raises:
-        ValueError: `before` is of another pair or other settings.
+        ValueError: `before` is of another pair, other settings or another text; or no document is long enough.
         KeyboardInterrupt: passed on.
     """
-    results = _begin(pair, name, settings, data is not None)
+    windows = {} if data is None else data.windows(settings)
+    results = _begin(pair, name, settings, data.describe(windows) if data else None)
     if before is not None:
         _check_same(before, results)
         results = before
@@ -103,7 +125,7 @@ def pareto(
     for n in settings.prompt_lens:
         cells = [c for c in results["cells"] if c["prompt_tokens"] == n and c["skipped"] is None]
         if data is not None:
-            _score(pair, data, cells, settings, n, progress, lambda: finished(results))
+            _score(pair, windows[n], cells, settings, n, progress, lambda: finished(results))
             _recall(pair, data, cells, settings, n, progress, lambda: finished(results), warn)
         _time(pair, cells, settings, n, progress, lambda: finished(results))
     results["complete"] = True
@@ -121,7 +143,7 @@ def label(cell: Cell) -> str:
     return cell["method"] if cell["budget"] is None else f"{cell['method']} {cell['budget']:g}"
 
 
-def _begin(pair: KVPredictionModel, name: str, settings: Settings, scored: bool) -> Results:
+def _begin(pair: KVPredictionModel, name: str, settings: Settings, data: dict[str, Any] | None) -> Results:
     names = ["exact", *(m for m in settings.methods if m != "exact")]
     reasons = usable(pair, names)
     cells = [
@@ -137,7 +159,8 @@ def _begin(pair: KVPredictionModel, name: str, settings: Settings, scored: bool)
         "command": ["kvpred-mlx", *sys.argv[1:]],
         "machine": machine.describe(),
         "pair": describe_pair(pair, name),
-        "settings": dataclasses.asdict(settings) | {"scored": scored},
+        "settings": dataclasses.asdict(settings),
+        "data": data,
         "warnings": machine.warnings(machine.busy_share()),
         "cells": cells,
         "complete": False,
@@ -155,6 +178,7 @@ def _cell(
         "flops": flops,
         "quality": None,
         "recall": None,
+        "gain": None,
         "ttft": None,
         "sooner": None,
         "trials": [],
@@ -163,29 +187,31 @@ def _cell(
 
 
 def _check_same(before: Results, now: Results) -> None:
-    for part in ("pair", "settings"):
-        differ = [k for k, v in now[part].items() if before[part].get(k) != v]
+    for part in ("pair", "settings", "data"):
+        then, here = before[part] or {}, now[part] or {}
+        differ = [k for k in then | here if then.get(k) != here.get(k)]
         if differ:
-            given = ", ".join(f"{k} {before[part].get(k)!r}, now {now[part][k]!r}" for k in differ)
+            given = ", ".join(f"{k} {then.get(k)!r}, now {here.get(k)!r}" for k in differ)
             raise ValueError(f"the {part} of the results there and now differ: {given}")
 
 
 def _score(
-    pair: KVPredictionModel, data: Data, cells: list[Cell], settings: Settings, n: int,
+    pair: KVPredictionModel, cut: Windows, cells: list[Cell], settings: Settings, n: int,
     progress: Progress, finished: Callable[[], None],
 ) -> None:  # fmt: skip
     """Quality on real text, all cells of a length at once: they are compared with one exact run."""
     if all(c["quality"] is not None for c in cells):
         return
-    cut = quality.cut_windows(data.ids, n, settings.score_tokens, data.tokenizer, settings.windows)
     without: Prefill = lambda prompt: (pair.base, make_prompt_cache(pair.base))
     found = quality.measure(
         pair, cut, {"exact": METHODS["exact"].prefill(pair, 0.0), "no prompt": without} | prefills(pair, cells),
-        seed=settings.seed, progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
+        over=OVER if any(c["method"] == OVER for c in cells) else None, seed=settings.seed, progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
     )  # fmt: skip
     for cell in cells:
         figures = found.modes[label(cell)]
         cell["quality"] = {m: dataclasses.asdict(figures[m]) for m in SHOWN}
+        if found.gains:
+            cell["gain"] = {m: dataclasses.asdict(found.gains[label(cell)][m]) for m in SHOWN}
     finished()
 
 
@@ -193,15 +219,18 @@ def _recall(
     pair: KVPredictionModel, data: Data, cells: list[Cell], settings: Settings, n: int,
     progress: Progress, finished: Callable[[], None], warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    if not settings.questions or all(c["recall"] is not None for c in cells):
+    if not settings.questions:
         return
-    try:
-        asked = recall_score.questions(data.tokenizer, data.documents, n, settings.questions, settings.seed)
-    except ValueError as error:  # the facts alone are longer than the prompt
-        warn(f"no recall at {n} tokens: {error}")
-        return
-    for cell in cells:
-        if cell["recall"] is None:
+    missing = [c for c in cells if c["recall"] is None]
+    if missing:
+        try:
+            asked = recall_score.questions(
+                data.tokenizer, data.documents, n, settings.questions, settings.seed
+            )
+        except ValueError as error:  # the facts alone are longer than the prompt
+            warn(f"no recall at {n} tokens: {error}")
+            return
+        for cell in missing:
             prefill = METHODS[cell["method"]].prefill(pair, cell["budget"] or 0.0)
             right = recall_score.recalled(
                 prefill, asked,
@@ -209,6 +238,12 @@ def _recall(
             )  # fmt: skip
             cell["recall"] = recall_score.summary(asked, right)
             finished()
+    for cell in cells:
+        if cell["gain"]:
+            over = next(c for c in cells if c["method"] == OVER)
+            answers = ([r == "1" for r in c["recall"]["right"]] for c in (cell, over))
+            cell["gain"]["recall"] = paired_shares(*answers)
+    finished()
 
 
 def _time(

@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvpred_mlx.bench.pareto import KIND, SCHEMA, SHOWN, Cell, Results, label
+from kvpred_mlx.bench.pareto import KIND, OVER, SCHEMA, SHOWN, Cell, Results, label
 from kvpred_mlx.bench.results import can_draw, read_json, write_file
 
 FIGURES = {
@@ -59,6 +59,7 @@ def table(results: Results) -> Table:
     """One row for each cell."""
     title = f"{results['pair']['name']}: quality against TTFT"
     caption = "len: prompt tokens; fewer FLOPs and sooner: against the base alone; 95 % intervals"
+    caption += f"; {data_line(results)}" if results["data"] else ""
     made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     made.add_column("len", justify="right", no_wrap=True)
     made.add_column("method", no_wrap=True)
@@ -103,6 +104,30 @@ def recall_markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
+def gain_markdown(results: Results) -> str:
+    """What each cell has over plain prediction, on the same windows and questions."""
+    cells = [c for c in results["cells"] if c["gain"] and c["method"] not in ("exact", OVER)]
+    lines = [
+        "| Prompt | Method | Fewer FLOPs | " + " | ".join(map(str.capitalize, FIGURES.values())) + " |",
+        "| --- | --- | --- |" + " --- |" * len(FIGURES),
+    ]
+    for cell in cells:
+        gains = [_interval(cell["gain"].get(name), "mean", "{:+.3f}", False) for name in FIGURES]
+        lines.append(
+            f"| {cell['prompt_tokens']} | {label(cell)} | {_fewer(results, cell)} | {' | '.join(gains)} |"
+        )
+    return "\n".join(lines)
+
+
+def data_line(results: Results) -> str:
+    """How much text the quality figures are from; empty without text."""
+    data = results["data"] or {"windows": {}}
+    parts = [
+        f"{n} tokens: {w} windows of {data['documents'][n]} documents" for n, w in data["windows"].items()
+    ]
+    return "; ".join(parts)
+
+
 def remarks(results: Results) -> list[str]:
     """Warnings, cells that the pair cannot do, and whether the run was cut short; one line each."""
     lines = [f"warning: {text}" for text in results["warnings"]]
@@ -136,10 +161,14 @@ def _values(results: Results, cell: Cell, short: bool = False) -> Iterator[str]:
     if cell["skipped"]:
         yield from ["skipped", *[""] * (1 + len(FIGURES))]
         return
-    yield f"{exact_cell(results, cell['prompt_tokens'])['flops'] / cell['flops']:.2f}"
+    yield _fewer(results, cell)
     yield _interval(cell["sooner"], "median", "{:.2f}", short)
     for name in FIGURES:
         yield _interval(figure(cell, name), "mean", "{:.3f}", short)
+
+
+def _fewer(results: Results, cell: Cell) -> str:
+    return f"{exact_cell(results, cell['prompt_tokens'])['flops'] / cell['flops']:.2f}"
 
 
 def _interval(found: dict[str, float] | None, middle: str, form: str, short: bool) -> str:
@@ -160,6 +189,7 @@ def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
         for name, found in (
             ("sooner", cell["sooner"]),
             *((name, figure(cell, name)) for name in (*SHOWN, "recall")),
+            *((f"{name}_gain", cell["gain"] and cell["gain"].get(name)) for name in (*SHOWN, "recall")),
         ):
             middle = "median" if name == "sooner" else "mean"
             row |= {

@@ -1,6 +1,6 @@
 """Write the tables of `bench/results/` into the README and docs/dial.md: `make readme`.
 
-Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, or `recall`) and `<!-- end -->`.
+Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`) and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvpred_mlx.bench.report import machine_line, machine_text, markdown
 from kvpred_mlx.bench.results import read
 
 RESULTS = Path(__file__).with_name("results")
-BLOCK = re.compile(r"<!-- (bench|pareto|recall): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -28,14 +28,16 @@ def with_tables(text: str) -> str:
 
 def _block(kind: str, folder: str) -> str:
     path = RESULTS / folder / "results.json"
-    if kind == "recall":
-        return f"<!-- recall: {folder} -->\n\n{pareto_report.recall_markdown(pareto_report.read(path))}\n\n<!-- end -->"
+    if kind in ("recall", "gain"):
+        table = {"recall": pareto_report.recall_markdown, "gain": pareto_report.gain_markdown}[kind]
+        return f"<!-- {kind}: {folder} -->\n\n{table(pareto_report.read(path))}\n\n<!-- end -->"
     if kind == "bench":
         results = read(path)
         table, machine = markdown(results), machine_line(results)
     else:
         results = pareto_report.read(path)
         table, machine = pareto_report.markdown(results), machine_text(results)
+        machine = f"{data}. {machine}" if (data := pareto_report.data_line(results)) else machine
     command = " ".join(results["command"])
     return f"<!-- {kind}: {folder} -->\n\n{table}\n\n`{command}`\n\n{machine}.\n\n<!-- end -->"
 

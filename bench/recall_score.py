@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
-from scipy.stats import binomtest
 
 from kvpred_mlx.bench.recall import KINDS, Question, RecallTask
+from kvpred_mlx.bench.statistics import share
 from kvpred_mlx.quality import Prefill
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -44,22 +44,20 @@ def recalled(
 
 
 def summary(asked: Sequence[Question], right: Sequence[bool]) -> dict[str, Any]:
-    """Exact match of all questions, of each kind, and of each kind at each depth, with 95 % Wilson intervals."""
+    """Exact match of all questions, of each kind, and of each kind at each depth, with 95 % Wilson intervals.
+
+    `right` has every answer, in the questions' order: 1 or 0.
+    """
     rows = list(zip(asked, right, strict=True))
     return {
-        "all": _share(r for _, r in rows),
-        "kinds": {kind: _share(r for q, r in rows if q.kind == kind) for kind in KINDS},
+        "all": share(right),
+        "kinds": {kind: share([r for q, r in rows if q.kind == kind]) for kind in KINDS},
         "depths": {
-            kind: {str(d): _share(r for q, r in rows if (q.kind, q.depth) == (kind, d)) for d in DEPTHS}
+            kind: {str(d): share([r for q, r in rows if (q.kind, q.depth) == (kind, d)]) for d in DEPTHS}
             for kind in KINDS
         },
+        "right": "".join("01"[r] for r in right),
     }
-
-
-def _share(right: Iterable[bool]) -> dict[str, float]:
-    values = list(right)
-    interval = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
-    return {"mean": sum(values) / len(values), "low": float(interval.low), "high": float(interval.high)}
 
 
 def _batches(items: list[int], size: int) -> Iterable[list[int]]:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
+from kvpred_mlx.exact import Call, ExactPositions
 from kvpred_mlx.importance import choose
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.quality import Prefill
@@ -77,16 +78,20 @@ def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Prefill:
     return prefill
 
 
-def attended(pair: KVPredictionModel, count: Callable[[int], int], last: Callable[[int], int]) -> Columns:
-    """The last tokens, and the tokens that the auxiliary attends to, chosen as the dial's `top` are."""
+def attended(pair: KVPredictionModel, dial: ExactPositions) -> Columns:
+    """The positions that the dial would make exact."""
 
     def columns(tokens: mx.array) -> mx.array:
         B, n = tokens.shape
         with pair.importance.listen() as heard:
             pair.predict(tokens, pair.make_cache()[-1])
-        scores, end = heard.scores(n, n, [0]), n - last(n)
-        best = choose(scores[:, :end], [count(n)] * B, [end] * B)
-        return mx.concatenate([best, mx.broadcast_to(mx.arange(end, n), (B, n - end))], axis=1)
+        call = Call.of(dial, n, announced=None, windowed=False)
+        scores = heard.scores(n, n, [0])[:, call.first : call.last]
+        best = call.first + choose(scores, [call.top] * B, [call.last - call.first] * B)
+        first, last = (
+            mx.broadcast_to(a, (B, a.size)) for a in (mx.arange(call.first), mx.arange(call.last, n))
+        )
+        return mx.concatenate([first, best, last], axis=1)
 
     return columns
 

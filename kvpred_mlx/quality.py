@@ -95,6 +95,8 @@ class Quality:
         modes: for each mode the estimates of `METRICS`, and `retention`: (no prompt - mode) / (no prompt - exact)
             in cross-entropy.
         explained_variance: of the base's raw keys and values by the predicted ones, for each layer.
+        gains: for each mode, its figures less those of one of them, with intervals of the difference, document by
+            document.
     """
 
     prompt_tokens: int
@@ -103,6 +105,7 @@ class Quality:
     documents: int
     modes: dict[str, dict[str, Estimate]]
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
+    gains: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
@@ -140,6 +143,7 @@ def measure(
     windows: Windows,
     modes: Mapping[str, Prefill] | None = None,
     *,
+    over: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -148,6 +152,7 @@ def measure(
 
     Args:
         modes: `exact` and `no prompt` must be among them (default: `modes_of(pair)`).
+        over: the mode that `gains` are over.
         progress: called with the number of windows done and their total.
     """
     modes = modes_of(pair) if modes is None else modes
@@ -167,9 +172,12 @@ def measure(
         name: {m: np.concatenate([b[m] for b in batches]) for m in METRICS}
         for name, batches in scores.items()
     }
+    draws = _draws(found, windows.documents, seed)
     return Quality(
         windows.prompts.shape[1], windows.continuations.shape[1], len(windows), len(set(windows.documents)),
-        _estimates(found, windows.documents, seed), variance.explained(),
+        {mode: _estimates(metrics) for mode, metrics in draws.items()}, variance.explained(),
+        {mode: _estimates({m: v - draws[over][m] for m, v in metrics.items()}) for mode, metrics in draws.items()}
+        if over else {},
     )  # fmt: skip
 
 
@@ -195,13 +203,13 @@ def _metrics(
     return dict(zip(METRICS, values, strict=True))
 
 
-def _estimates(
+def _draws(
     scores: dict[str, dict[str, np.ndarray]], documents: np.ndarray, seed: int
-) -> dict[str, dict[str, Estimate]]:
-    """Means over documents, and retention, each with its interval; the documents are resampled."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """Means over documents, and retention: of the sample itself, then with the documents resampled."""
     names, group = np.unique(documents, return_inverse=True)
     weights = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)
-    draws = np.vstack([np.ones(len(names), int), weights])  # the sample itself comes first
+    draws = np.vstack([np.ones(len(names), int), weights])
 
     def resampled(values: np.ndarray) -> np.ndarray:
         by_document = np.bincount(group, values) / np.bincount(group)
@@ -211,12 +219,12 @@ def _estimates(
     nothing, exact = (means[name]["cross_entropy"] for name in ("no prompt", "exact"))
     for metrics in means.values():
         metrics["retention"] = (nothing - metrics["cross_entropy"]) / (nothing - exact)
-    return {mode: {m: _estimate(v) for m, v in metrics.items()} for mode, metrics in means.items()}
+    return means
 
 
-def _estimate(draws: np.ndarray) -> Estimate:
-    low, high = np.quantile(draws[1:], (0.025, 0.975))
-    return Estimate(float(draws[0]), float(low), float(high))
+def _estimates(draws: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    ends = {metric: np.quantile(d[1:], (0.025, 0.975)) for metric, d in draws.items()}
+    return {metric: Estimate(float(d[0]), *map(float, ends[metric])) for metric, d in draws.items()}
 
 
 class _Variance:

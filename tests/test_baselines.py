@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -56,15 +58,15 @@ def test_dropped_tokens_are_never_attended_to_and_positions_stay(way):
         mode, kept = drop_all_but_last(pair.base, lambda n: 13), [{*range(n - 13, n)}] * 2
     else:
         columns = (
-            attended(pair, lambda n: 12, lambda n: 5)
+            attended(pair, ExactPositions(first=2, last=5, top=0.25))
             if way == "attended"
             else at_random(lambda n: 17, seed=1)
         )
         mode = drop_all_but(pair, watched(columns))
         after_prompt(mode, prompt, following)
         kept = [{*row} for row in seen[0].tolist()]
-        assert [len(row) for row in kept] == [17, 17]
-        assert way == "random" or all({*range(n - 5, n)} <= row for row in kept)
+        assert [len(row) for row in kept] == ([17, 17] if way == "random" else [7 + ceil(0.25 * n)] * 2)
+        assert way == "random" or all({0, 1, *range(n - 5, n)} <= row for row in kept)
     expected = masked_qwen2(pair.base, mx.concatenate([prompt, following], axis=1), kept, n)[:, n:]
     assert mx.allclose(after_prompt(mode, prompt, following), expected, atol=TOLERANCE)
 

@@ -16,6 +16,7 @@ from kvpred_mlx.bench import pareto as module
 from kvpred_mlx.bench import pareto_report, recall_score
 from kvpred_mlx.bench.pareto import Data, Settings, pareto
 from kvpred_mlx.bench.recall import Question
+from kvpred_mlx.bench.statistics import paired_shares
 from kvpred_mlx.cli.making import dequantize
 from kvpred_mlx.loading import DEMO_PAIR
 
@@ -59,6 +60,44 @@ def test_cells(front):
             assert cell["sooner"]["median"] == 1
 
 
+def test_gains_are_over_plain_prediction_on_the_same_windows_and_questions(front, demo_pair, data):
+    for cells in (front["cells"][:4], front["cells"][4:]):
+        predicted = cells[1]
+        for cell in cells:
+            for name, gain in cell["gain"].items():
+                figures = [
+                    c["recall"]["all"] if name == "recall" else c["quality"][name] for c in (cell, predicted)
+                ]
+                assert gain["mean"] == pytest.approx(figures[0]["mean"] - figures[1]["mean"], abs=1e-9)
+                assert gain["low"] <= gain["mean"] + 1e-9 and gain["mean"] <= gain["high"] + 1e-9
+        for name, gain in predicted["gain"].items():
+            assert gain["mean"] == 0 and (
+                gain["low"] < 0 < gain["high"] if name == "recall" else gain["high"] == 0
+            )
+    rows = pareto_report.gain_markdown(front).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["dial-both 0.1", "sparse-top 0.1"] * 2
+    alone = Settings([96], ["exact", "sparse-top"], [0.1], windows=2, score_tokens=4, questions=0, trials=1)
+    assert all(c["gain"] is None for c in pareto(demo_pair[0], "pycode", alone, data)["cells"])
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ((36, 12, 2, 0), (0.2, 0.0569, 0.3404)),  # published examples of the method
+        ((54, 0, 0, 0), (0.0, -0.0664, 0.0664)),
+        ((0, 30, 0, 0), (1.0, 0.8395, 1.0)),
+    ],
+)
+def test_differences_of_shares(table, expected):
+    both, first, second, neither = table
+    right = [True] * (both + first) + [False] * (second + neither)
+    other = [True] * both + [False] * first + [True] * second + [False] * neither
+    found = paired_shares(right, other)
+    assert [*found.values()] == pytest.approx(expected, abs=5e-5)
+    back = paired_shares(other, right)
+    assert [back["mean"], back["high"], back["low"]] == pytest.approx([-x for x in expected], abs=5e-5)
+
+
 def test_every_name_in_the_schema_is_documented(front):
     page = (Path(__file__).parents[1] / "docs/dial.md").read_text(encoding="utf-8")
     names = {*front, *front["cells"][0], *front["settings"], *front["cells"][0]["recall"]}
@@ -83,7 +122,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, ste
     found = pareto(demo_pair[0], "pycode", SETTINGS, data, before)
     assert found["complete"] and len(calls) == 1  # the first length's text was scored before
     for a, b in zip(found["cells"], front["cells"], strict=True):
-        assert (a["quality"], a["recall"], a["flops"]) == (b["quality"], b["recall"], b["flops"])
+        assert all(a[name] == b[name] for name in ("quality", "recall", "gain", "flops"))
 
 
 def test_other_settings_do_not_go_on(demo_pair, data, front):
@@ -96,6 +135,11 @@ def test_other_settings_do_not_go_on(demo_pair, data, front):
         ValueError, match="the pair of the results there and now differ: name 'pycode', now 'other'"
     ):
         pareto(demo_pair[0], "other", SETTINGS, data, front)
+    another = Data(data.tokenizer, [TEXT], [data.ids[0][1:]])
+    with pytest.raises(
+        ValueError, match=r"the data of the results there and now differ: checksum \d+, now \d+"
+    ):
+        pareto(demo_pair[0], "pycode", SETTINGS, another, front)
 
 
 def test_random_weights_are_timed_only():
@@ -123,8 +167,8 @@ def test_files(front, tmp_path):
     recalled = [c for c in front["cells"] if c["recall"]["all"]["mean"]]
     by_depth = pareto_report.recall_markdown(front).splitlines()
     assert by_depth[0].count("depth") == 5 and len(by_depth) == 2 + len(recalled)
-    (tmp_path / "results.json").write_text('{"schema": 1}')
-    with pytest.raises(ValueError, match="expected 'pareto' of schema 1"):
+    (tmp_path / "results.json").write_text('{"schema": 1, "kind": "pareto"}')
+    with pytest.raises(ValueError, match="'pareto' of schema 1, expected 'pareto' of schema 2"):
         pareto_report.read(tmp_path / "results.json")
 
 
