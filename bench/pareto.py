@@ -205,7 +205,8 @@ def _score(
     without: Prefill = lambda prompt: (pair.base, make_prompt_cache(pair.base))
     found = quality.measure(
         pair, cut, {"exact": METHODS["exact"].prefill(pair, 0.0), "no prompt": without} | prefills(pair, cells),
-        over=OVER if any(c["method"] == OVER for c in cells) else None, seed=settings.seed, progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
+        over=OVER if any(c["method"] == OVER for c in cells) else None, seed=settings.seed,
+        progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
     )  # fmt: skip
     for cell in cells:
         figures = found.modes[label(cell)]

@@ -82,14 +82,12 @@ class RepairingModel(nn.Module):
         work.steps += 1
         if work.needed:
             work.account(self.progress)
-        if not work.needed or not work.affordable(work.lag(entry)):
-            logits = self.pair(inputs, cache=cache)
-        elif work.lag(entry) > work.slice:
-            work.read(entry, self.progress)
-            logits = self.pair(inputs, cache=cache)
-        else:
-            logits = work.finish(inputs, cache, self.progress)
-        return logits
+            lag = work.lag(entry)
+            if work.affordable(lag):
+                if lag <= work.slice:
+                    return work.finish(inputs, cache, self.progress)
+                work.read(entry, self.progress)
+        return self.pair(inputs, cache=cache)
 
     @property
     def layers(self) -> list[Any]:
@@ -116,10 +114,8 @@ class _Work:
         self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
         self._per_token: float | None = None  # seconds of the last slice
         self._since: float | None = None
-        self._sliced, self._own = (
-            0,
-            0.0,
-        )  # tokens that were read in the call before this one, and seconds it took
+        self._sliced = 0  # tokens that were read in the call before this one
+        self._own = 0.0  # seconds that reading them took
         self.needed, self.slice = False, FIRST_SLICE
 
     def start(self, cache: list[Any]) -> None:
