@@ -164,6 +164,8 @@ def footer(response: GenerationResponse) -> str:
         return lines
     if response.repair.exact_from == 0:
         return f"{lines}\nRepair: nothing to do, all of the cache was exact"
+    if response.repair.given_up:
+        return f"{lines}\nRepair: given up, it does not catch up with the answer within its budget"
     if response.repair.exact_from is None:
         return f"{lines}\nRepair: not finished, {response.repair_tps:.3f} tokens-per-sec meanwhile"
     return (

@@ -21,6 +21,7 @@ FIRST_SLICE = 16  # tokens; then as many as take two to four decode steps
 SMALLEST_SLICE = 8  # less would not outrun the tokens that are generated meanwhile
 LARGEST_SLICE = 512
 FIRST_COST = 2  # decode steps: what the first slice is expected to take
+PATIENCE = 8  # slices in which the lag must fall
 STEPS_TIMED = 9  # the latest ones without a slice, for the median
 
 
@@ -33,11 +34,13 @@ class Progress:
             was nothing to repair.
         seconds: by which the slices delayed decoding, but for the one that a decode step closes the repair with.
         slices: how many there were, without that one.
+        given_up: within the budget the repair does not outrun the tokens that are generated meanwhile.
     """
 
     exact_from: int | None = None
     seconds: float = 0.0
     slices: int = 0
+    given_up: bool = False
 
 
 class RepairingModel(nn.Module):
@@ -46,7 +49,8 @@ class RepairingModel(nn.Module):
     Between decode steps the base reads the prompt, slice by slice, into a second cache, then the tokens that were
     generated meanwhile: their entries were computed from predicted ones.  Once it has caught up the second cache
     takes the first one's place in `cache`, and every later token is what the exact base gives for that prefix.
-    Until then the first cache is whole: an interrupted generation leaves it as if there had been no repair.
+    Until then the first cache is whole: an interrupted generation leaves it as if there had been no repair.  A repair
+    that does not catch up within its budget is given up.
 
     Not a moment before the first token is out is spent on it.  One prompt at a time, batch size 1.
 
@@ -86,7 +90,10 @@ class RepairingModel(nn.Module):
             if work.affordable(lag):
                 if lag <= work.slice:
                     return work.finish(inputs, cache, self.progress)
-                work.read(entry, self.progress)
+                if work.catches_up(lag):
+                    work.read(entry, self.progress)
+                else:
+                    work.give_up(self.progress)
         return self.pair(inputs, cache=cache)
 
     @property
@@ -114,6 +121,7 @@ class _Work:
         self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
         self._per_token: float | None = None  # seconds of the last slice
         self._since: float | None = None
+        self._lags: deque[int] = deque(maxlen=PATIENCE + 1)  # before each of the latest slices
         self._sliced = 0  # tokens that were read in the call before this one
         self._own = 0.0  # seconds that reading them took
         self.needed, self.slice = False, FIRST_SLICE
@@ -167,6 +175,15 @@ class _Work:
         per_token = self._per_token
         cost = FIRST_COST * median(self._plain) if per_token is None else per_token * min(self.slice, lag)
         return self._credit >= cost
+
+    def catches_up(self, lag: int) -> bool:
+        """Whether the lag has fallen over the latest slices."""
+        self._lags.append(lag)
+        return len(self._lags) <= PATIENCE or lag < self._lags[0]
+
+    def give_up(self, progress: Progress) -> None:
+        """No more slices; the second cache is let go."""
+        self.needed, self._cache, progress.given_up = False, None, True
 
     def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
         """The next slice."""

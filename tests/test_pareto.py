@@ -172,6 +172,20 @@ def test_files(front, tmp_path):
         pareto_report.read(tmp_path / "results.json")
 
 
+def test_prompts_too_short_to_be_predicted(demo_pair, data):
+    with pytest.raises(ValueError, match=r"prompt lengths \[32\], expected more than 32 tokens"):
+        pareto(demo_pair[0], "pycode", Settings([32, 96], ["exact"], windows=2, trials=1), data)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(demo_pair, data, monkeypatch):
+    def full(results):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.quality, "measure", lambda *a, **k: pytest.fail("measured first"))
+    with pytest.raises(OSError, match="No space left"):
+        pareto(demo_pair[0], "pycode", SETTINGS, data, finished=full)
+
+
 # Recall
 
 

@@ -115,6 +115,14 @@ def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, sec
         assert times[-1] - times[end] == len(times) - 1 - end  # nothing is spent any more
 
 
+def test_a_repair_that_cannot_catch_up_is_given_up(monkeypatch):
+    model, times = repaired_on_a_clock(monkeypatch, 0.3, tokens(200), 200, seconds_per_token=0.6)
+    assert model.progress.given_up and model.progress.exact_from is None
+    assert model.progress.slices == module.PATIENCE and model._work._cache is None
+    ends = [b - a for a, b in zip(times[-40:], times[-39:], strict=False)]
+    assert ends == pytest.approx([1.0] * len(ends))  # decoding is as fast as without a repair again
+
+
 def test_a_stall_is_no_earning_and_no_cost(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])

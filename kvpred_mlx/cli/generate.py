@@ -71,6 +71,8 @@ def generate(
         raise typer.BadParameter(
             f"{repair_budget:g}, expected a share above 0 and up to 1", param_hint="--repair-budget"
         )
+    if repair and draft:
+        raise typer.BadParameter("given with --draft, expected one of the two", param_hint="--repair")
     dial(
         exact_first, exact_last, exact_top, None
     )  # what is wrong with them is said before anything is loaded

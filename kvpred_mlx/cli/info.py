@@ -34,7 +34,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
     lines.append(f"source:    {facts['source']}")
     lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
-    lines.append(f"predicts prompts of {facts['min_prompt_tokens']} tokens or more")
+    lines.append(f"predicts prompts of more than {facts['min_prompt_tokens']} tokens")
     if facts["exact_positions"]:
         dial = ", ".join(f"{name} {value}" for name, value in facts["exact_positions"].items())
         lines.append(f"exact positions by default: {dial}")

@@ -150,7 +150,10 @@ def _show(results: Results, folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
     else:
-        Console().print(table(results))
+        console, made = Console(), table(results)
+        needed = console.measure(made, options=console.options.update(max_width=200)).maximum
+        wide = console if console.width >= needed else Console(width=needed)  # no digit is cut off
+        wide.print(made)
     for line in remarks(results):
         print(line, file=sys.stderr)
     print(f"results: {folder}", file=sys.stderr)
