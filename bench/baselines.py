@@ -43,8 +43,8 @@ class Method:
         prefill: of a pair at a budget.
         flops: of a pair, a prompt of so many tokens, and a budget.
         budgets: whether the budget means anything.
-        needs: what the pair's families must be able to do: `top` (choose and compute tokens anywhere), `rows`
-            (compute them), `drop` (leave some out).
+        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens anywhere),
+            `drop` (leave some out).
     """
 
     title: str

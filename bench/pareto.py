@@ -110,14 +110,15 @@ def pareto(
         finished: called with the results so far after every step.
 
     Raises:
-        ValueError: a prompt is too short to be predicted; `before` is of another pair, other settings or another text; or no document is long enough.
+        ValueError: a prompt is too short to be predicted; `before` is of another pair, other settings or another
+            text; or no document is long enough.
         KeyboardInterrupt: passed on.
     """
     short = [n for n in settings.prompt_lens if n <= pair.min_prompt_tokens]
     if short:
         raise ValueError(
-            f"prompt lengths {short}, expected more than {pair.min_prompt_tokens} tokens: this pair runs its base alone "
-            "for shorter prompts"
+            f"prompt lengths {short}, expected more than {pair.min_prompt_tokens} tokens: "
+            "this pair runs its base alone for shorter prompts"
         )
     windows = {} if data is None else data.windows(settings)
     results = _begin(pair, name, settings, data.describe(windows) if data else None)

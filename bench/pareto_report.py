@@ -76,47 +76,31 @@ def table(results: Results) -> Table:
 
 def markdown(results: Results) -> str:
     """The same as a Markdown table."""
-    lines = [
-        "| " + " | ".join(["Prompt", "Method", "Fewer FLOPs", "Times sooner", *map(str.capitalize, FIGURES.values())])
-        + " |",
-        "| --- | --- |" + " --- |" * (2 + len(FIGURES)),
-    ]  # fmt: skip
-    lines += [
-        f"| {c['prompt_tokens']} | {label(c)} | " + " | ".join(_values(results, c)) + " |"
-        for c in results["cells"]
-        if c["skipped"] is None
-    ]
-    return "\n".join(lines)
+    names = ["Fewer FLOPs", "Times sooner", *map(str.capitalize, FIGURES.values())]
+    return _markdown(names, [(c, [*_values(results, c)]) for c in results["cells"] if c["skipped"] is None])
 
 
 def recall_markdown(results: Results) -> str:
     """Recall by depth (mean of the kinds), a row for each cell that recalls anything."""
     asked = [c for c in results["cells"] if c["recall"] and c["recall"]["all"]["mean"]]
     depths = list(next((kind for c in asked for kind in c["recall"]["depths"].values()), {}))
-    lines = [
-        "| Prompt | Method | " + " | ".join(f"depth {depth}" for depth in depths) + " |",
-        "| --- | --- |" + " --- |" * len(depths),
-    ]
-    for cell in asked:
+
+    def shares(cell: Cell) -> list[str]:
         kinds = cell["recall"]["depths"].values()
-        shares = [f"{mean(kind[depth]['mean'] for kind in kinds):.2f}" for depth in depths]
-        lines.append(f"| {cell['prompt_tokens']} | {label(cell)} | " + " | ".join(shares) + " |")
-    return "\n".join(lines)
+        return [f"{mean(kind[depth]['mean'] for kind in kinds):.2f}" for depth in depths]
+
+    return _markdown([f"depth {depth}" for depth in depths], [(c, shares(c)) for c in asked])
 
 
 def gain_markdown(results: Results) -> str:
     """What the dial and sparse prefill have over plain prediction, on the same windows and questions."""
     cells = [c for c in results["cells"] if c["gain"] and c["method"].startswith(("dial-", "sparse-"))]
-    lines = [
-        "| Prompt | Method | Fewer FLOPs | " + " | ".join(map(str.capitalize, FIGURES.values())) + " |",
-        "| --- | --- | --- |" + " --- |" * len(FIGURES),
-    ]
-    for cell in cells:
-        gains = [_interval(cell["gain"].get(name), "mean", "{:+.3f}", False) for name in FIGURES]
-        lines.append(
-            f"| {cell['prompt_tokens']} | {label(cell)} | {_fewer(results, cell)} | {' | '.join(gains)} |"
-        )
-    return "\n".join(lines)
+
+    def gains(cell: Cell) -> list[str]:
+        return [_interval(cell["gain"].get(name), "mean", "{:+.3f}", False) for name in FIGURES]
+
+    names = ["Fewer FLOPs", *map(str.capitalize, FIGURES.values())]
+    return _markdown(names, [(c, [_fewer(results, c), *gains(c)]) for c in cells])
 
 
 def data_line(results: Results) -> str:
@@ -155,6 +139,13 @@ def figure(cell: Cell, name: str) -> dict[str, float] | None:
 def exact_cell(results: Results, prompt_tokens: int) -> Cell:
     """The base alone at that length."""
     return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
+
+
+def _markdown(names: list[str], rows: list[tuple[Cell, list[str]]]) -> str:
+    """A Markdown table: for each cell its prompt length, its label and the values of the columns `names`."""
+    lines = ["| Prompt | Method | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
+    lines += [f"| {cell['prompt_tokens']} | {label(cell)} | {' | '.join(values)} |" for cell, values in rows]
+    return "\n".join(lines)
 
 
 def _values(results: Results, cell: Cell, short: bool = False) -> Iterator[str]:

@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
 from kvpred_mlx.exact import Call, ExactPositions
-from kvpred_mlx.importance import choose
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.quality import Prefill
 from kvpred_mlx.sites import KV
@@ -86,12 +85,8 @@ def attended(pair: KVPredictionModel, dial: ExactPositions) -> Columns:
         with pair.importance.listen() as heard:
             pair.predict(tokens, pair.make_cache()[-1])
         call = Call.of(dial, n, announced=None, windowed=False)
-        scores = heard.scores(n, n, [0])[:, call.first : call.last]
-        best = call.first + choose(scores, [call.top] * B, [call.last - call.first] * B)
-        first, last = (
-            mx.broadcast_to(a, (B, a.size)) for a in (mx.arange(call.first), mx.arange(call.last, n))
-        )
-        return mx.concatenate([first, best, last], axis=1)
+        last = mx.broadcast_to(mx.arange(call.last, n), (B, n - call.last))
+        return mx.concatenate([call.chosen(heard.scores(n, n, [0])), last], axis=1)
 
     return columns
 

@@ -34,9 +34,9 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], see
     return _interval((ratios,), lambda sample: float(np.median(sample)), seed)
 
 
-def share(right: Sequence[bool]) -> dict[str, float]:
-    """The share of right answers, with its 95 % Wilson interval."""
-    interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+def share(right: Sequence[float]) -> dict[str, float]:
+    """The share of right answers (1, the others 0), with its 95 % Wilson interval."""
+    interval = binomtest(int(sum(right)), len(right)).proportion_ci(method="wilson")
     return {"mean": sum(right) / len(right), "low": float(interval.low), "high": float(interval.high)}
 
 

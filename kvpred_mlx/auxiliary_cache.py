@@ -81,10 +81,18 @@ class AuxiliaryCache(CacheList):
         self.caches = [*caches, self.log]
         self.caught_up = False
 
-    def append(self, tokens: mx.array) -> mx.array:
-        """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to."""
+    def append(self, tokens: mx.array, *, exact: bool = False) -> mx.array:
+        """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to.
+
+        Args:
+            exact: the base computes them itself: with nothing predicted before them their entries are exact.
+        """
+        all_exact = exact and self.exact_tokens == self.size()
         ids = tokens.astype(mx.int32)[:, None, :, None]
-        return self.log.update_and_fetch(ids, ids)[0]
+        logged = self.log.update_and_fetch(ids, ids)[0]
+        if all_exact:
+            self.exact_tokens = self.size()
+        return logged
 
     def tail(self, n: int) -> mx.array:
         """The last `n` logged tokens, [B, n]."""

@@ -110,6 +110,14 @@ class Call:
         read = tokens if dial.top else last if last > first else 0
         return cls(tokens, first, last, top, (start, end), whole, read)
 
+    def chosen(self, scores: mx.array) -> mx.array:
+        """The first and the top tokens [B, n] among the last `seen` ones, ascending, by their `scores` [B, seen]."""
+        start, end = self.candidates
+        rows = scores.shape[0]
+        top = start + choose(scores[:, start:end], [self.top] * rows, [end - start] * rows)
+        first = mx.arange(self.first) + (self.seen - self.tokens)
+        return mx.concatenate([mx.broadcast_to(first, (rows, self.first)), top], axis=1)
+
 
 def prefill(
     pair: KVPredictionModel,
@@ -120,8 +128,9 @@ def prefill(
 ) -> mx.array:
     """Fill the base's cache for `inputs` [B, L], exactly where the dial says so, else predicted.
 
-    Returns the logits: the base's own for the end (and, without `top`, the beginning), teacher-forced ones elsewhere; all
-    the base's own in a call of fewer than `min_prompt_tokens` tokens, which may be a speculative decoder's draft.
+    Returns the logits: the base's own for the end (and, without `top`, the beginning), teacher-forced ones
+    elsewhere; all the base's own in a call of fewer than `min_prompt_tokens` tokens, which may be a speculative
+    decoder's draft.
     """
     tokens = inputs.shape[1]
     lags, lengths = entry.lags(), entry.lengths(tokens)
@@ -177,16 +186,11 @@ def _chosen(
     dial: ExactPositions, call: Call, heard: Heard, lags: Sequence[int], lengths: list[int] | None, rows: int
 ) -> mx.array | None:
     """Positions [B, n] to make exact among the last `seen` ones, ascending; None if there are none."""
-    start, end = call.candidates
     if lengths is None:
         if not call.top:
             return None
-        lags = [*lags] * (rows // len(lags))
-        scores = heard.scores(call.seen, call.tokens, lags)
-        top = start + choose(scores[:, start:end], [call.top] * rows, [end - start] * rows)
-        first = mx.arange(call.first) + (call.seen - call.tokens)
-        return mx.concatenate([mx.broadcast_to(first, (rows, call.first)), top], axis=1)
-    ends = [n - dial.last_of(n) for n in lengths]
+        return call.chosen(heard.scores(call.seen, call.tokens, [*lags] * (rows // len(lags))))
+    start, ends = call.candidates[0], [n - dial.last_of(n) for n in lengths]
     parts = [mx.broadcast_to(mx.arange(start), (rows, start))] if start else []
     if call.top and start < call.tokens:
         lags = [*lags] * (rows // len(lags))

@@ -42,7 +42,7 @@ class Importance:
         self._audible: bool | None = None
 
     def check(self) -> None:
-        """Raise UnsupportedModelError if the family does not call mlx-lm's attention; tried once, nothing is evaluated."""
+        """Raise UnsupportedModelError if the family does not call mlx-lm's attention: tried once, nothing evaluated."""
         if self._audible is None:
             with self._calls.seen_by((heard := Heard()).note):
                 self._model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(self._model))

@@ -180,12 +180,8 @@ class KVPredictionModel(nn.Module):
         """`logits`, once `inputs` [B, L] are logged as decoded."""
         entry.close_prompt()
         entry.provisional = 0
-        all_exact = entry.exact_tokens == entry.size()
-        ids = entry.append(inputs)
-        if all_exact:
-            entry.exact_tokens = entry.size()
         # Tied to the logits, so that the log is evaluated step by step and not as one long graph.
-        return mx.depends(logits, ids)
+        return mx.depends(logits, entry.append(inputs, exact=True))
 
     def predict(self, inputs: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
         """Predicted raw base keys and values of `inputs` [B, L]; the auxiliary catches up first."""

@@ -56,8 +56,9 @@ class RepairingModel(nn.Module):
 
     Args:
         pair: predicts and decodes.
-        budget: the share of decoding's time that the repair may take: at any moment since it began, tokens come at least
-            at (1 - budget) times their speed without it, as far as times can be foretold; 1 reads a slice with every token.
+        budget: the share of decoding's time that the repair may take: at any moment since it began, tokens come at
+            least at (1 - budget) times their speed without it, as far as times can be foretold; 1 reads a slice
+            with every token.
         max_kv_size: as in `KVPredictionModel.make_cache`.
 
     Raises:
@@ -109,7 +110,8 @@ class RepairingModel(nn.Module):
 class _Work:
     """The second cache, and the accounts: seconds earned by decoding, seconds spent on repair.
 
-    Times are those from one call to the next, so that all a slice causes counts, also that decoding no longer runs ahead.
+    Times are those from one call to the next, so that all a slice causes counts, also that decoding no longer runs
+    ahead.
     """
 
     def __init__(self, pair: KVPredictionModel, budget: float, max_kv_size: int | None):
@@ -206,6 +208,5 @@ class _Work:
         cache[:-1] = self._cache
         self.needed = False
         progress.exact_from = self.steps - 1
-        logits = self._pair.logged(logits, inputs, entry)
         entry.exact_tokens = entry.size()
-        return logits
+        return self._pair.logged(logits, inputs, entry)

@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from kvpred_mlx.bench.evaluate.journal import Record
 from kvpred_mlx.bench.flops import TTFT, ttft_flops
+from kvpred_mlx.bench.statistics import share
 from kvpred_mlx.model import KVPredictionModel
 from kvpred_mlx.modes import Mode
 
@@ -79,8 +79,8 @@ def mean_flops(
 def interval(scores: Sequence[float], seed: int = 0) -> tuple[float | None, float | None]:
     """The 95 % interval of a mean: Wilson's for scores of 0 and 1, else a bootstrap over items."""
     if set(scores) <= {0, 1}:
-        found = binomtest(int(sum(scores)), len(scores)).proportion_ci(0.95, "wilson")
-        return float(found.low), float(found.high)
+        found = share(scores)
+        return found["low"], found["high"]
     return _bootstrap((np.asarray(scores),), np.mean, seed)
 
 

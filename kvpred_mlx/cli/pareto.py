@@ -152,8 +152,7 @@ def _show(results: Results, folder: Path, as_json: bool) -> None:
     else:
         console, made = Console(), table(results)
         needed = console.measure(made, options=console.options.update(max_width=200)).maximum
-        wide = console if console.width >= needed else Console(width=needed)  # no digit is cut off
-        wide.print(made)
+        Console(width=max(console.width, needed)).print(made)  # no digit is cut off
     for line in remarks(results):
         print(line, file=sys.stderr)
     print(f"results: {folder}", file=sys.stderr)

@@ -109,7 +109,7 @@ def train(
         shutil.rmtree(states, ignore_errors=True)
     settings = Settings(
         iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
-        weight_decay=0.1 if weight_decay is None else weight_decay, grad_clip=grad_clip,
+        weight_decay=Settings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
