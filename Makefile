@@ -25,7 +25,7 @@ demo: setup  ## generate with the bundled pair, predicted and exact side by side
 	$(BIN)/kvpred-mlx demo
 
 demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [MINUTES=60 FOLDER=demo-pair]
-	$(BIN)/python -m kvpred_mlx.bench.demo_pair --minutes $(or $(MINUTES),60) --folder $(or $(FOLDER),demo-pair)
+	$(BIN)/python -m kvpred_mlx.bench.recipe.demo_pair --minutes $(or $(MINUTES),60) --folder $(or $(FOLDER),demo-pair)
 
 test: setup $(DEV) lint  ## lint, types and tests
 	$(BIN)/python -m pytest -q tests

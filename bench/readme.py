@@ -9,9 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-from kvpred_mlx.bench import pareto_report
-from kvpred_mlx.bench.report import machine_line, machine_text, markdown
-from kvpred_mlx.bench.results import read
+from kvpred_mlx.bench.common.results import read
+from kvpred_mlx.bench.front import report as pareto_report
+from kvpred_mlx.bench.ttft.report import machine_line, machine_text, markdown
 
 RESULTS = Path(__file__).with_name("results")
 BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain): (\S+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from kvpred_mlx.convert import corenet, openelm
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import check_absent, new_directory
-from kvpred_mlx.loading import pair_config, quantization_config
-from kvpred_mlx.model import Model, ModelArgs, build_model
+from kvpred_mlx.pair.loading import pair_config, quantization_config
+from kvpred_mlx.pair.model import Model, ModelArgs, build_model
 
 Progress = Callable[[int, int], None]
 

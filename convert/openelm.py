@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kvpred_mlx.published import OpenELMShape, openelm_shape
+from kvpred_mlx.convert.published import OpenELMShape, openelm_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER_TENSORS = (

@@ -17,28 +17,28 @@ from typing import TYPE_CHECKING, Any
 from kvpred_mlx import _blas, _registration
 
 if TYPE_CHECKING:
-    from kvpred_mlx.exact import ExactPositions
-    from kvpred_mlx.generation import GenerationResponse, generate, stream_generate
-    from kvpred_mlx.loading import load, load_model, save
-    from kvpred_mlx.model import KVPredictionModel
-    from kvpred_mlx.predictor import Predictor
-    from kvpred_mlx.repair import RepairingModel
-    from kvpred_mlx.sites import UnsupportedModelError
+    from kvpred_mlx.dial.positions import ExactPositions
+    from kvpred_mlx.errors import UnsupportedModelError
+    from kvpred_mlx.generation.repair import RepairingModel
+    from kvpred_mlx.generation.stream import GenerationResponse, generate, stream_generate
+    from kvpred_mlx.pair.loading import load, load_model, save
+    from kvpred_mlx.pair.model import KVPredictionModel
+    from kvpred_mlx.pair.predictor import Predictor
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ExactPositions": "exact",
-    "GenerationResponse": "generation",
-    "KVPredictionModel": "model",
-    "Predictor": "predictor",
-    "RepairingModel": "repair",
-    "UnsupportedModelError": "sites",
-    "generate": "generation",
-    "load": "loading",
-    "load_model": "loading",
-    "save": "loading",
-    "stream_generate": "generation",
+    "ExactPositions": "dial.positions",
+    "GenerationResponse": "generation.stream",
+    "KVPredictionModel": "pair.model",
+    "Predictor": "pair.predictor",
+    "RepairingModel": "generation.repair",
+    "UnsupportedModelError": "errors",
+    "generate": "generation.stream",
+    "load": "pair.loading",
+    "load_model": "pair.loading",
+    "save": "pair.loading",
+    "stream_generate": "generation.stream",
 }
 __all__ = [
     "ExactPositions",

@@ -1,7 +1,8 @@
 """Makes pairs known to mlx-lm, without importing mlx-lm before its user does.
 
-mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files
-by class name in `mlx_lm.models.cache`.  `kvpred_mlx.model` announces itself there when it is imported.
+mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files by class
+name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets the cache entry's module be imported
+right after `mlx_lm.models.cache`, where it announces its class itself.
 """
 
 from __future__ import annotations
@@ -12,43 +13,50 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+
+FAMILY = "mlx_lm.models.kvpred"
+CACHES = "mlx_lm.models.cache"
+ENTRY = "kvpred_mlx.pair.auxiliary_cache"
 
 
 def register() -> None:
-    """Import `kvpred_mlx.model` now if mlx-lm is imported, else right after it will be."""
-    if "mlx_lm" in sys.modules:
-        importlib.import_module("kvpred_mlx.model")
-    elif not any(isinstance(finder, _AfterMlxLm) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterMlxLm())
+    """Let mlx-lm find pairs, whether it is imported already or will be."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if CACHES in sys.modules:
+        importlib.import_module(ENTRY)
 
 
-def announce(model_module: ModuleType, cache_class: type) -> None:
-    """Put the pair's module, the class of its cache entry and its config where they are looked up."""
-    from mlx_lm.models import cache
+def announce_config() -> None:
+    """Give transformers a config class of a pair's name, else loading its tokenizer warns of an unknown type."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    sys.modules.setdefault("mlx_lm.models.kvpred", model_module)
-    setattr(cache, cache_class.__name__, cache_class)
-    # Without a config class of this name, loading the tokenizer warns of an unknown model type.
     config_class = type("KVPredictionConfig", (PreTrainedConfig,), {"model_type": "kvpred"})
     AutoConfig.register("kvpred", config_class, exist_ok=True)
 
 
-class _AfterMlxLm(MetaPathFinder):
+class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "mlx_lm":
+        if fullname == FAMILY:
+            return importlib.util.spec_from_file_location(
+                FAMILY, Path(__file__).with_name("pair") / "family.py"
+            )
+        if fullname != CACHES:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (f.find_spec(fullname, path, target) for f in sys.meta_path if f is not self)
+        spec = next((s for s in others if s is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenEntry(spec.loader)
         return spec
 
 
-class _ThenRegister(Loader):
+class _ThenEntry(Loader):
+    """The module's own loader, and then the import of the cache entry."""
+
     def __init__(self, loader: Loader):
         self._loader = loader
 
@@ -56,12 +64,9 @@ class _ThenRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if not _importing():
-            importlib.import_module("kvpred_mlx.model")
-
-
-def _importing() -> bool:
-    """Whether it is a module of ours that imports mlx-lm: `kvpred_mlx.model` may need that one whole."""
-    ours = [module for name, module in [*sys.modules.items()] if name.startswith("kvpred_mlx.")]
-    return any(getattr(module.__spec__, "_initializing", False) for module in ours)
+        # If it is that very module which imports the caches, this changes nothing: it is not done yet.
+        importlib.import_module(ENTRY)

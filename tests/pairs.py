@@ -7,9 +7,9 @@ from families import build
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from kvpred_mlx import KVPredictionModel, Predictor
-from kvpred_mlx.sites import KV
-from kvpred_mlx.sources import feature_widths
-from kvpred_mlx.taps import KVTaps
+from kvpred_mlx.pair.sources import feature_widths
+from kvpred_mlx.taps.kv import KV
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 # (base, auxiliary): separate and fused projections, sliding windows on either side, latent attention.
 PAIRS = [

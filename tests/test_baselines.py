@@ -12,9 +12,9 @@ from pairs import make_pair, tokens
 from test_exact import heads
 
 from kvpred_mlx import ExactPositions
-from kvpred_mlx.bench.baselines import METHODS, dialled, pruned, usable
-from kvpred_mlx.bench.flops import dial_flops, full_prefill_flops, scores_flops, ttft_flops
-from kvpred_mlx.bench.sparse import at_random, attended, drop_all_but, drop_all_but_last
+from kvpred_mlx.bench.common.flops import dial_flops, full_prefill_flops, scores_flops, ttft_flops
+from kvpred_mlx.bench.front.baselines import METHODS, dialled, pruned, usable
+from kvpred_mlx.bench.front.sparse import at_random, attended, drop_all_but, drop_all_but_last
 
 TOLERANCE = 1e-4
 PROMPT = 61
@@ -121,7 +121,7 @@ def test_the_dials_flops():
 
 
 def full_prefill_flops_of_the_step(pair, n):
-    from kvpred_mlx.bench.flops import step_flops
+    from kvpred_mlx.bench.common.flops import step_flops
 
     return step_flops(pair.base, n - 1)
 

@@ -15,12 +15,13 @@ import pytest
 from conftest import fails
 from pairs import kv_entries, make_pair, tokens
 
-from kvpred_mlx.bench import machine, report, results, statistics
-from kvpred_mlx.bench.measure import MODES, generate, parts
-from kvpred_mlx.bench.presets import build_preset, find_preset, presets
+from kvpred_mlx.bench.common import machine, results, statistics
+from kvpred_mlx.bench.common.presets import build_preset, find_preset, presets
 from kvpred_mlx.bench.readme import with_tables
-from kvpred_mlx.bench.run import Settings, bench
-from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.bench.ttft import report
+from kvpred_mlx.bench.ttft.measure import MODES, generate, parts
+from kvpred_mlx.bench.ttft.run import Settings, bench
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 SMALL = Settings([40, 48], trials=3, max_tokens=3, prefill_step_sizes=[2048, 16])
 
@@ -81,7 +82,7 @@ def test_trials_are_interleaved(measured):
 
 
 def test_the_same_tokens_in_every_mode_and_another_prompt_for_another_seed(monkeypatch):
-    from kvpred_mlx.bench import run as module
+    from kvpred_mlx.bench.ttft import run as module
 
     seen = []
 
@@ -109,7 +110,7 @@ def test_ratios_are_taken_pair_by_pair():
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_clock_waits_for_the_value(mode, batch, monkeypatch):
-    from kvpred_mlx.bench import measure
+    from kvpred_mlx.bench.ttft import measure
 
     pair = make_pair()
     trial = generate(measure.model_of(pair, mode), tokens(40, batch=batch), 2048, 4)
@@ -141,7 +142,7 @@ def test_parts_make_the_predicted_cache():
 
 
 def test_shape_that_does_not_fit_is_skipped(monkeypatch):
-    from kvpred_mlx.bench import run as module
+    from kvpred_mlx.bench.ttft import run as module
 
     pair = make_pair()
     needs = {n: module.prefill_bytes(pair.base, 1, n, 2048) for n in (40, 200)}
@@ -156,7 +157,7 @@ def test_shape_that_does_not_fit_is_skipped(monkeypatch):
 
 
 def test_allocation_that_fails_is_skipped(monkeypatch):
-    from kvpred_mlx.bench import run as module
+    from kvpred_mlx.bench.ttft import run as module
 
     def full(model, prompt, *rest):
         if prompt.shape[1] == 48:
@@ -226,7 +227,7 @@ def test_presets_have_the_published_sizes():
 
 
 def test_preset_that_does_not_fit(monkeypatch):
-    from kvpred_mlx.bench import presets as module
+    from kvpred_mlx.bench.common import presets as module
 
     monkeypatch.setattr(module, "available_bytes", lambda: 10**9)
     with pytest.raises(MemoryError, match=r"needs 5\.4 GB for its weights, 1\.0 GB are free"):

@@ -16,8 +16,8 @@ from conftest import fails
 from mlx_lm.utils import load_tokenizer
 
 import kvpred_mlx
-from kvpred_mlx.chat import Conversation
-from kvpred_mlx.loading import DEMO_PAIR, context_length, read_config
+from kvpred_mlx.generation.conversation import Conversation
+from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
 
 LINES = [
     "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n\n\ndef write(path, text):",

@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import DATA, fails
 
-from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 FUNCTION = (DEMO_PAIR / "prompt.txt").read_text()
 

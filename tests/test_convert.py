@@ -15,8 +15,8 @@ from kvpred_mlx import load_model
 from kvpred_mlx.convert import checkpoint as conversion
 from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
 from kvpred_mlx.convert.openelm import compare_with_name, read_config
+from kvpred_mlx.convert.published import facts, openelm_shape
 from kvpred_mlx.files import new_directory
-from kvpred_mlx.published import facts, openelm_shape
 
 
 @pytest.fixture

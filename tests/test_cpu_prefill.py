@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 from pairs import PAIRS, difference, make_pair, tokens
 
-from kvpred_mlx import _blas, cpu_prefill
+from kvpred_mlx import _blas
+from kvpred_mlx.pair import cpu_prefill
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 pytestmark = pytest.mark.skipif(not ON_CPU, reason="other devices read a prompt whole")

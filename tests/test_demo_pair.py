@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kvpred_mlx import load
-from kvpred_mlx.bench import corpus, demo_pair, pretrain
-from kvpred_mlx.bench.demo_pair import Recipe, nemotron
-from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.pairing import load_part
+from kvpred_mlx.bench.recipe import corpus, demo_pair, pretrain
+from kvpred_mlx.bench.recipe.demo_pair import Recipe, nemotron
+from kvpred_mlx.making.data import PackedSequences
+from kvpred_mlx.making.pairing import load_part
 
 MODULES = {
     f"module{i}.py": "".join(f"def function_{i}_{j}(a, b):\n    return a * {j} + b\n\n\n" for j in range(40))

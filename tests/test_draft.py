@@ -11,8 +11,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from pairs import PAIRS, difference, make_pair, tokens
 
 import kvpred_mlx
-from kvpred_mlx.bench.draft import measure
-from kvpred_mlx.generation import footer
+from kvpred_mlx.bench.studies.draft import measure
+from kvpred_mlx.generation.stream import footer
 
 PROMPT = (
     "import os\n\n\ndef read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n\n\n"

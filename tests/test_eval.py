@@ -13,14 +13,14 @@ import mlx.core as mx
 import pytest
 from conftest import DATA, fails
 
+from kvpred_mlx.bench.common.flops import ttft_flops
 from kvpred_mlx.bench.evaluate import candidate, sandbox, tasks
 from kvpred_mlx.bench.evaluate.journal import Journal
 from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
 from kvpred_mlx.bench.evaluate.sandbox import Limits
 from kvpred_mlx.bench.evaluate.scores import interval, mean_flops
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
-from kvpred_mlx.bench.flops import ttft_flops
-from kvpred_mlx.modes import Mode
+from kvpred_mlx.pair.modes import Mode
 
 FILES = {name: DATA / "eval" / f"{name}.jsonl" for name in ("triviaqa", "humaneval")}
 ROWS = {task.name: tasks.rows(task, FILES[task.name], None) for task in (TRIVIAQA, HUMANEVAL)}

@@ -13,11 +13,12 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
 
-from kvpred_mlx import ExactPositions, UnsupportedModelError, generation, load_model, save
-from kvpred_mlx.importance import choose
-from kvpred_mlx.rows import ExactRows
-from kvpred_mlx.sites import KV
-from kvpred_mlx.taps import KVTaps
+from kvpred_mlx import ExactPositions, UnsupportedModelError, load_model, save
+from kvpred_mlx.dial.importance import choose
+from kvpred_mlx.dial.rows import ExactRows
+from kvpred_mlx.generation import stream as generation
+from kvpred_mlx.taps.kv import KV
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 TOLERANCE = 1e-4
 WITHOUT_ROWS = ["gemma2", "gpt_bigcode", "llama4"]

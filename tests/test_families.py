@@ -17,8 +17,10 @@ from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from kvpred_mlx.sites import KV, FusedColumns, UnsupportedModelError
-from kvpred_mlx.taps import KVTaps
+from kvpred_mlx.errors import UnsupportedModelError
+from kvpred_mlx.taps.kv import KV
+from kvpred_mlx.taps.kv_taps import KVTaps
+from kvpred_mlx.taps.sites import FusedColumns
 
 PROMPT = 2 * WINDOW + 4
 

@@ -9,12 +9,14 @@ from families import build
 from mlx_lm.models.cache import make_prompt_cache
 from pairs import tokens
 
-from kvpred_mlx import KVPredictionModel, layer_maps, load, save, sources
-from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.fit import FitSettings, fit
-from kvpred_mlx.moments import Moments, Ridge
-from kvpred_mlx.published import facts
-from kvpred_mlx.taps import KVTaps
+from kvpred_mlx import KVPredictionModel, load, save
+from kvpred_mlx.convert.published import facts
+from kvpred_mlx.making import layer_maps
+from kvpred_mlx.making.data import PackedSequences
+from kvpred_mlx.making.fit import FitSettings, fit
+from kvpred_mlx.making.moments import Moments, Ridge
+from kvpred_mlx.pair import sources
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 FAMILIES = [
     ("openelm", "openelm"),

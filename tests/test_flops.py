@@ -10,8 +10,8 @@ from families import build
 from pairs import make_pair
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpred_mlx.bench.flops import full_prefill_flops, prefill_bytes, step_flops, ttft_flops
-from kvpred_mlx.bench.presets import presets
+from kvpred_mlx.bench.common.flops import full_prefill_flops, prefill_bytes, step_flops, ttft_flops
+from kvpred_mlx.bench.common.presets import presets
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB = 64, 4, 2, 16, 96, 4, 128
 

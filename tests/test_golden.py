@@ -7,7 +7,7 @@ import pytest
 from conftest import DATA
 
 from kvpred_mlx import load, load_model, save
-from kvpred_mlx.loading import pair_config
+from kvpred_mlx.pair.loading import pair_config
 
 LOGITS, KV = 2e-4, 1e-4
 

@@ -13,8 +13,8 @@ from conftest import DATA, fails
 from huggingface_hub import HfApi, ModelCard
 
 import kvpred_mlx
-from kvpred_mlx import hub
-from kvpred_mlx.loading import DEMO_PAIR, find_pair
+from kvpred_mlx.making import hub
+from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from pairs import make_pair, tokens
 
 from kvpred_mlx import load, load_model, save
-from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair
+from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair
 
 
 def fits(path, module):
@@ -99,7 +99,7 @@ def test_hub_repositories_are_fetched(monkeypatch):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(DEMO_PAIR)
 
-    monkeypatch.setattr("kvpred_mlx.loading.snapshot_download", snapshot)
+    monkeypatch.setattr("kvpred_mlx.pair.loading.snapshot_download", snapshot)
     _, tokenizer = load("someone/pair", revision="v2")
     assert (asked["name"], asked["revision"]) == ("someone/pair", "v2")
     assert "model*.safetensors" in asked["patterns"]
@@ -107,7 +107,9 @@ def test_hub_repositories_are_fetched(monkeypatch):
 
 
 def test_paths_are_not_taken_for_repositories(monkeypatch):
-    monkeypatch.setattr("kvpred_mlx.loading.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "kvpred_mlx.pair.loading.snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+    )
     for name in ("./a", "/a/b", "~/a", "a", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such directory"):
             find_pair(name)

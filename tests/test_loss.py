@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pairs import make_pair, tokens
 
 from kvpred_mlx import load_model
-from kvpred_mlx.loss import KVPredictionLoss, LossWeights
+from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
 
 FAMILIES = [
     ("openelm", "openelm"),

@@ -12,8 +12,8 @@ from families import OVERRIDES, build
 from mlx.utils import tree_flatten
 
 from kvpred_mlx import load
-from kvpred_mlx.loading import DEMO_PAIR
-from kvpred_mlx.pairing import keep_layers, load_part
+from kvpred_mlx.making.pairing import keep_layers, load_part
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(3000))
 

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from pairs import difference, make_pair, tokens
 
 import kvpred_mlx
-from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 PROMPT = (
     '"""Helpers for files."""\n\nimport os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n'

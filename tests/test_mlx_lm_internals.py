@@ -9,8 +9,8 @@ import mlx_lm.server
 import pytest
 
 from kvpred_mlx import mlx_lm_internals
-from kvpred_mlx.modes import Mode
-from kvpred_mlx.server import Settings
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving.server import Settings
 
 
 def test_nothing_that_is_used_has_moved():
@@ -93,7 +93,7 @@ def test_requests_override():
 
 
 def test_the_dial():
-    exact = pytest.importorskip("kvpred_mlx.exact")
+    exact = pytest.importorskip("kvpred_mlx.dial.positions")
     positions = exact.ExactPositions(first=4, last=0.25)
     mode = Mode(positions=positions)
     assert str(mode) == "exact-first=4+exact-last=0.25" and Mode.parse(str(mode)) == mode

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
 
 from kvpred_mlx import KVPredictionModel, Predictor, UnsupportedModelError
-from kvpred_mlx.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 
 TOLERANCE = 1e-4
 

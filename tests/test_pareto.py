@@ -12,13 +12,14 @@ from conftest import fails
 from pairs import make_pair
 
 from kvpred_mlx import load
-from kvpred_mlx.bench import pareto as module
-from kvpred_mlx.bench import pareto_report, recall_score
-from kvpred_mlx.bench.pareto import Data, Settings, pareto
-from kvpred_mlx.bench.recall import Question
-from kvpred_mlx.bench.statistics import paired_shares
+from kvpred_mlx.bench.common.statistics import paired_shares
+from kvpred_mlx.bench.front import pareto as module
+from kvpred_mlx.bench.front import recall_score
+from kvpred_mlx.bench.front import report as pareto_report
+from kvpred_mlx.bench.front.pareto import Data, Settings, pareto
+from kvpred_mlx.bench.front.recall import Question
 from kvpred_mlx.cli.making import dequantize
-from kvpred_mlx.loading import DEMO_PAIR
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
 SETTINGS = Settings(

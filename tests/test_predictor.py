@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from kvpred_mlx import Predictor
-from kvpred_mlx.sites import KV
+from kvpred_mlx.taps.kv import KV
 
 AUXILIARY, BASE = [(6, 4), (8, 8)], [(3, 5), (7, 2), (4, 4)]
 

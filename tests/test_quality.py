@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from pairs import make_pair
 
-from kvpred_mlx import KVPredictionModel, data
-from kvpred_mlx.bench.recall import KINDS, RecallTask
-from kvpred_mlx.card import CardFacts, card_text
-from kvpred_mlx.fit import FitSettings, fit
-from kvpred_mlx.quality import METRICS, cut_windows, measure, modes_of
+from kvpred_mlx import KVPredictionModel
+from kvpred_mlx.bench.front.recall import KINDS, RecallTask
+from kvpred_mlx.making import data
+from kvpred_mlx.making.card import CardFacts, card_text
+from kvpred_mlx.making.fit import FitSettings, fit
+from kvpred_mlx.making.quality import METRICS, cut_windows, measure, modes_of
 
 DOCUMENTS = [np.random.default_rng(i).integers(1, 127, 60 + 7 * i).tolist() for i in range(6)]
 

@@ -13,11 +13,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from pairs import PAIRS, difference, make_pair, reference_cache, tokens
 
-from kvpred_mlx import ExactPositions, generation
-from kvpred_mlx import repair as module
-from kvpred_mlx.bench import repair as bench
-from kvpred_mlx.loading import DEMO_PAIR
-from kvpred_mlx.repair import RepairingModel
+from kvpred_mlx import ExactPositions
+from kvpred_mlx.bench.studies import repair as bench
+from kvpred_mlx.generation import repair as module
+from kvpred_mlx.generation import stream as generation
+from kvpred_mlx.generation.repair import RepairingModel
+from kvpred_mlx.pair.loading import DEMO_PAIR
 
 TOLERANCE = 1e-4
 

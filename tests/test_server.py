@@ -18,10 +18,10 @@ import pytest
 from conftest import fails
 
 import kvpred_mlx
-from kvpred_mlx.bench.soak import soak
-from kvpred_mlx.loading import DEMO_PAIR, context_length, read_config
-from kvpred_mlx.modes import Mode
-from kvpred_mlx.server import PairGenerator, PairPromptCache, PairProvider, Settings
+from kvpred_mlx.bench.studies.soak import soak
+from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving.server import PairGenerator, PairPromptCache, PairProvider, Settings
 
 NAME = DEMO_PAIR.name
 CONTEXT = context_length(read_config(DEMO_PAIR))

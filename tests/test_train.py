@@ -18,11 +18,11 @@ from mlx.utils import tree_flatten
 from pairs import make_pair, tokens
 
 from kvpred_mlx import load, save
-from kvpred_mlx.data import PackedSequences
-from kvpred_mlx.loop import DivergedError, Settings, Trainer, saved_states
-from kvpred_mlx.loss import LossWeights
-from kvpred_mlx.optimizers import make_optimizer, schedule
-from kvpred_mlx.train import joint_trainer, restored_types
+from kvpred_mlx.making.data import PackedSequences
+from kvpred_mlx.making.joint import joint_trainer, restored_types
+from kvpred_mlx.making.loop import DivergedError, Settings, Trainer, saved_states
+from kvpred_mlx.making.loss import LossWeights
+from kvpred_mlx.making.optimizers import make_optimizer, schedule
 
 FAMILIES = [
     ("openelm", "openelm"),
@@ -236,7 +236,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 import kvpred_mlx, mlx.core as mx
 from test_train import SETTINGS, data
 from pairs import make_pair
-from kvpred_mlx.train import joint_trainer
+from kvpred_mlx.making.joint import joint_trainer
 seen = []
 joint_trainer(make_pair(), data(), SETTINGS).run(seen.append)
 if mx.distributed.init().rank() == 0:

@@ -17,10 +17,10 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.draft import prefill
-from kvpred_mlx.generation import announce_prompt
-from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.modes import Mode
+from kvpred_mlx.generation.draft import prefill
+from kvpred_mlx.generation.stream import announce_prompt
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Settings

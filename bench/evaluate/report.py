@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvpred_mlx.bench.results import write_file
+from kvpred_mlx.bench.common.results import write_file
 
 Results = dict[str, Any]
 

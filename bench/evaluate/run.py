@@ -15,14 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from kvpred_mlx.bench import machine
+from kvpred_mlx.bench.common import machine
 from kvpred_mlx.bench.evaluate import tasks
 from kvpred_mlx.bench.evaluate.journal import Journal, Record
 from kvpred_mlx.bench.evaluate.scores import AUXILIARY, summarize
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, PASS_K, TASKS, TRIVIAQA, Task
-from kvpred_mlx.generation import stream_generate
-from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.modes import Mode
+from kvpred_mlx.generation.stream import stream_generate
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
 
 SCHEMA = 1
 WHOLE = "whole task"  # the id under which a task of lm-eval's is written down

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from kvpred_mlx.bench.common.flops import TTFT, ttft_flops
+from kvpred_mlx.bench.common.statistics import share
 from kvpred_mlx.bench.evaluate.journal import Record
-from kvpred_mlx.bench.flops import TTFT, ttft_flops
-from kvpred_mlx.bench.statistics import share
-from kvpred_mlx.model import KVPredictionModel
-from kvpred_mlx.modes import Mode
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
 
 AUXILIARY = "auxiliary"  # the mode in which the auxiliary answers by itself
 RESAMPLES = 2000

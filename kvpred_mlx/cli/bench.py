@@ -17,8 +17,8 @@ from kvpred_mlx.cli.progress import progress_bar
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from kvpred_mlx.bench.run import Results, Settings
-    from kvpred_mlx.model import KVPredictionModel
+    from kvpred_mlx.bench.ttft.run import Results, Settings
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 DTYPES = ("float32", "float16", "bfloat16")
 NEEDED = {"scipy": "scipy", "psutil": "psutil"}
@@ -80,9 +80,9 @@ def bench(
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
 
-    from kvpred_mlx.bench.results import check_new, write
-    from kvpred_mlx.bench.run import Settings
-    from kvpred_mlx.bench.run import bench as run_bench
+    from kvpred_mlx.bench.common.results import check_new, write
+    from kvpred_mlx.bench.ttft.run import Settings
+    from kvpred_mlx.bench.ttft.run import bench as run_bench
 
     settings = Settings(lengths, batches, trials, max_tokens, steps, seed)
     name, path = name_and_path(model, preset)
@@ -109,7 +109,7 @@ def bench(
 def _show(results: Results, folder: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from kvpred_mlx.bench.report import machine_line, remarks, tables
+    from kvpred_mlx.bench.ttft.report import machine_line, remarks, tables
 
     if as_json:
         print(json.dumps(results))
@@ -153,13 +153,13 @@ def load_pair(
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
     if path is None:
-        from kvpred_mlx.bench.presets import build_preset
-        from kvpred_mlx.cpu_prefill import on_cpu
+        from kvpred_mlx.bench.common.presets import build_preset
+        from kvpred_mlx.pair.cpu_prefill import on_cpu
 
         default = "float32" if on_cpu() else "bfloat16"
         return build_preset(preset or "", getattr(mx, dtype or default), seed), None
 
-    from kvpred_mlx.loading import load
+    from kvpred_mlx.pair.loading import load
 
     pair, tokenizer = load(path)
     if dtype is not None:
@@ -170,7 +170,7 @@ def load_pair(
 
 def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
     """Refuse lengths over the pair's context; the demo pair may be timed beyond its own, with a warning."""
-    from kvpred_mlx.loading import context_length, read_config
+    from kvpred_mlx.pair.loading import context_length, read_config
 
     context = context_length(read_config(path))
     over = [n for n in lengths if context is not None and n > context]
@@ -195,13 +195,13 @@ def _read_text(path: Path) -> str:
 def name_and_path(model: str | None, preset: str | None) -> tuple[str, Path | None]:
     """What the results call the pair, and where it is; a preset is nowhere."""
     if preset is not None:
-        from kvpred_mlx.bench.presets import find_preset
+        from kvpred_mlx.bench.common.presets import find_preset
 
         try:
             return find_preset(preset).name, None
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--preset") from error
-    from kvpred_mlx.loading import DEMO_PAIR, find_pair
+    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
 
     path = find_pair(model or DEMO_PAIR)
     return path.name, path
@@ -237,7 +237,7 @@ def _list_presets() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kvpred_mlx.bench.presets import presets
+    from kvpred_mlx.bench.common.presets import presets
 
     table = Table(
         caption="base + auxiliary + predictor, weights only: a cache and room to compute come on top",
@@ -255,8 +255,8 @@ def _list_presets() -> None:
 def _compare(a: Path, b: Path) -> None:
     from rich.console import Console
 
-    from kvpred_mlx.bench.report import compare, machine_line
-    from kvpred_mlx.bench.results import read
+    from kvpred_mlx.bench.common.results import read
+    from kvpred_mlx.bench.ttft.report import compare, machine_line
 
     results = read(a), read(b)
     table = compare(*results)

@@ -13,7 +13,7 @@ from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
 
 if TYPE_CHECKING:
-    from kvpred_mlx.chat import Conversation
+    from kvpred_mlx.generation.conversation import Conversation
 
 HELP = "/reset  forget the conversation    /exact on|off  the base alone, or predicted    /help    /exit"
 
@@ -46,8 +46,8 @@ def chat(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from kvpred_mlx.chat import Conversation
-    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+    from kvpred_mlx.generation.conversation import Conversation
+    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     path = find_pair(pair or DEMO_PAIR)
     model, tokenizer = load(path)

@@ -49,7 +49,7 @@ def convert(
     import mlx.core as mx
 
     from kvpred_mlx.convert.checkpoint import Quantization, convert_checkpoint
-    from kvpred_mlx.hub import check_access, upload
+    from kvpred_mlx.making.hub import check_access, upload
 
     if upload_repo is not None:
         check_access(upload_repo)

@@ -10,7 +10,7 @@ MAX_TOKENS = 40
 def demo() -> None:
     """Generate with the bundled pair, predicted and exact, and show both times to first token."""
     from kvpred_mlx.cli.generate import DEMO_NOTE
-    from kvpred_mlx.loading import DEMO_PAIR, load
+    from kvpred_mlx.pair.loading import DEMO_PAIR, load
 
     pair, tokenizer = load(DEMO_PAIR)
     prompt = (DEMO_PAIR / "prompt.txt").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def demo() -> None:
 
 
 def _run(pair: Any, tokenizer: Any, prompt: str, exact: bool, max_tokens: int) -> tuple[str, Any]:
-    from kvpred_mlx.generation import stream_generate
+    from kvpred_mlx.generation.stream import stream_generate
 
     pair.exact = exact
     responses = list(stream_generate(pair, tokenizer, prompt, max_tokens))

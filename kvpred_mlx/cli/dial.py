@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kvpred_mlx.exact import ExactPositions
-    from kvpred_mlx.model import KVPredictionModel
+    from kvpred_mlx.dial.positions import ExactPositions
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 ExactFirst = Annotated[
     int | None,
@@ -39,7 +39,7 @@ def dial(
     first: int | None, last: str | None, top: float | None, default: ExactPositions | None
 ) -> ExactPositions | None:
     """The exact positions of a command: each option that was given in the place of the pair's own setting."""
-    from kvpred_mlx.exact import ExactPositions
+    from kvpred_mlx.dial.positions import ExactPositions
 
     given: dict[str, Any] = {"first": first, "last": None if last is None else _count(last), "top": top}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -52,7 +52,7 @@ def set_dial(pair: KVPredictionModel, exact_positions: ExactPositions | None) ->
     Raises:
         UnsupportedModelError: the pair's families cannot choose or compute the top positions.
     """
-    from kvpred_mlx.modes import Mode
+    from kvpred_mlx.pair.modes import Mode
 
     Mode(positions=exact_positions).check(pair)
     pair.exact_positions = exact_positions

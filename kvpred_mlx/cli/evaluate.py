@@ -67,7 +67,7 @@ def evaluate(
     if missing:
         raise ImportError(f"eval needs {' and '.join(missing)}: pip install 'kvpred-mlx[eval]'")
     from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
-    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     names = _words("--tasks", tasks)
     if "humaneval" in names and not confirm_run_unsafe_code:
@@ -145,7 +145,7 @@ def _files(given: list[str], names: list[str]) -> dict[str, Path]:
 
 
 def _check_modes(modes: list[str]) -> None:
-    from kvpred_mlx.modes import Mode
+    from kvpred_mlx.pair.modes import Mode
 
     for mode in modes:
         if mode != "auxiliary":

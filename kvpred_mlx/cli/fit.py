@@ -45,12 +45,12 @@ def fit(
 ) -> None:
     """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.fit import FitSettings
-    from kvpred_mlx.fit import fit as fit_predictor
-    from kvpred_mlx.layer_maps import parse
-    from kvpred_mlx.pairing import join
-    from kvpred_mlx.sources import DEFAULT, check_source
-    from kvpred_mlx.taps import KVTaps
+    from kvpred_mlx.making.fit import FitSettings
+    from kvpred_mlx.making.fit import fit as fit_predictor
+    from kvpred_mlx.making.layer_maps import parse
+    from kvpred_mlx.making.pairing import join
+    from kvpred_mlx.pair.sources import DEFAULT, check_source
+    from kvpred_mlx.taps.kv_taps import KVTaps
 
     try:
         check_source(source or DEFAULT)

@@ -14,7 +14,7 @@ from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
 from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
 
 if TYPE_CHECKING:
-    from kvpred_mlx.generation import GenerationResponse
+    from kvpred_mlx.generation.stream import GenerationResponse
 
 DEMO_NOTE = "Using the bundled demo pair: 8 M parameters, it writes Python-shaped text. --model takes others."
 
@@ -76,7 +76,7 @@ def generate(
     dial(
         exact_first, exact_last, exact_top, None
     )  # what is wrong with them is said before anything is loaded
-    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     if model is None:
         print(DEMO_NOTE, file=sys.stderr)
@@ -101,7 +101,7 @@ def generate(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from kvpred_mlx.generation import stream_generate
+    from kvpred_mlx.generation.stream import stream_generate
 
     if seed is not None:
         mx.random.seed(seed)
@@ -155,7 +155,7 @@ def _encode(tokenizer: Any, text: str, system_prompt: str | None, ignore_chat_te
 
 
 def _print_text(responses: Any, path: str, pair: Any) -> None:
-    from kvpred_mlx.generation import footer
+    from kvpred_mlx.generation.stream import footer
 
     print("=" * 10)
     response: GenerationResponse | None = None

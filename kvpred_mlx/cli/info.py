@@ -15,8 +15,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Show a pair's models, layer map, types and sizes."""
-    from kvpred_mlx.description import describe
-    from kvpred_mlx.loading import DEMO_PAIR, find_pair
+    from kvpred_mlx.pair.description import describe
+    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
 
     facts = describe(find_pair(pair or DEMO_PAIR))
     print(json.dumps(facts) if as_json else _text(facts))

@@ -10,10 +10,10 @@ import typer
 from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.data import PackedSequences
-    from kvpred_mlx.model import KVPredictionModel
-    from kvpred_mlx.pairing import LoadedModel
-    from kvpred_mlx.quality import Quality
+    from kvpred_mlx.making.data import PackedSequences
+    from kvpred_mlx.making.pairing import LoadedModel
+    from kvpred_mlx.making.quality import Quality
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 Data = Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")]
 TextKey = Annotated[str, typer.Option(help="Where a JSONL line has its text.")]
@@ -44,8 +44,8 @@ def load_models(
     base: str | None, auxiliary: str | None, layers: str | None
 ) -> tuple[LoadedModel, LoadedModel]:
     """The two models that the options name, with the same tokenizer."""
-    from kvpred_mlx.layer_maps import kept_layers
-    from kvpred_mlx.pairing import check_same_tokenizer, keep_layers, load_part
+    from kvpred_mlx.making.layer_maps import kept_layers
+    from kvpred_mlx.making.pairing import check_same_tokenizer, keep_layers, load_part
 
     if base is None:
         raise typer.BadParameter("missing, expected a directory or a Hugging Face repo", param_hint="--base")
@@ -68,7 +68,7 @@ def load_models(
 
 def read_data(data: Path, text_key: str) -> tuple[list[str], list[str]]:
     """Training and held-out documents."""
-    from kvpred_mlx.data import read_documents, split
+    from kvpred_mlx.making.data import read_documents, split
 
     with progress_bar(f"reading {data}"):
         training, held_out = split(read_documents(data, text_key))
@@ -97,7 +97,7 @@ def dequantize(pair: KVPredictionModel) -> None:
 
 def pack(tokenizer: Any, documents: list[str], length: int, data: Path) -> PackedSequences:
     """Documents as packed sequences of `length` tokens."""
-    from kvpred_mlx.data import PackedSequences, encode
+    from kvpred_mlx.making.data import PackedSequences, encode
 
     if tokenizer is None:
         raise ValueError("the base has no tokenizer, so text cannot be read")
@@ -111,8 +111,8 @@ def held_out_figures(
     pair: KVPredictionModel, tokenizer: Any, documents: list[str], prompt_tokens: list[int], most: int = 80
 ) -> list[Quality]:
     """Quality on held-out documents, for the prompt lengths that they are long enough for."""
-    from kvpred_mlx.data import encode
-    from kvpred_mlx.quality import SCORE_TOKENS, cut_windows, measure
+    from kvpred_mlx.making.data import encode
+    from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure
 
     ids = encode(tokenizer, documents)
     figures = []
@@ -126,7 +126,7 @@ def held_out_figures(
 
 def prompt_lengths(max_seq_length: int) -> list[int]:
     """Where figures are taken for models that were fitted or trained on sequences of that length."""
-    from kvpred_mlx.quality import SCORE_TOKENS
+    from kvpred_mlx.making.quality import SCORE_TOKENS
 
     longest = max_seq_length - SCORE_TOKENS
     return sorted({n for n in (longest // 2, longest) if n > 1})
@@ -137,7 +137,7 @@ def check_output(mlx_path: Path, overwrite: bool, upload_repo: str | None) -> No
     import os
 
     from kvpred_mlx.files import check_absent
-    from kvpred_mlx.hub import check_access
+    from kvpred_mlx.making.hub import check_access
 
     if upload_repo is not None:
         check_access(upload_repo)
@@ -158,9 +158,9 @@ def save_pair(
     upload_repo: str | None,
 ) -> None:
     """Save a pair with its model card and figures, upload it if asked to, and say so."""
-    from kvpred_mlx.card import CardFacts, write_card
-    from kvpred_mlx.hub import upload
-    from kvpred_mlx.loading import save
+    from kvpred_mlx.making.card import CardFacts, write_card
+    from kvpred_mlx.making.hub import upload
+    from kvpred_mlx.pair.loading import save
 
     def extras(folder: Path) -> None:
         write_card(folder, CardFacts(upload_repo or mlx_path.name, *names, made), figures)
@@ -178,7 +178,7 @@ def show_figures(figures: list[Quality]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kvpred_mlx.card import TITLES
+    from kvpred_mlx.making.card import TITLES
 
     console = Console()
     for quality in figures:

@@ -15,8 +15,8 @@ from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
 from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.bench.pareto import Data, Results, Settings
-    from kvpred_mlx.model import KVPredictionModel
+    from kvpred_mlx.bench.front.pareto import Data, Results, Settings
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 
 def pareto(
@@ -66,9 +66,9 @@ def pareto(
     shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
     set_device(device)
 
-    from kvpred_mlx.bench.pareto import Settings
-    from kvpred_mlx.bench.pareto import pareto as run
-    from kvpred_mlx.bench.pareto_report import read, write
+    from kvpred_mlx.bench.front.pareto import Settings
+    from kvpred_mlx.bench.front.pareto import pareto as run
+    from kvpred_mlx.bench.front.report import read, write
 
     settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
@@ -94,7 +94,7 @@ def pareto(
 
 def _methods(given: list[str] | None) -> list[str] | None:
     """The methods by name; None if they were only to be listed."""
-    from kvpred_mlx.bench.baselines import METHODS
+    from kvpred_mlx.bench.front.baselines import METHODS
 
     names = [word.strip() for text in given or [",".join(METHODS)] for word in text.split(",")]
     if names == ["list"]:
@@ -130,7 +130,7 @@ def _load(
     documents: list[str],
     settings: Settings,
 ) -> tuple[KVPredictionModel, str, Data | None]:
-    from kvpred_mlx.bench.pareto import Data
+    from kvpred_mlx.bench.front.pareto import Data
 
     name, path = name_and_path(pair, preset)
     model, tokenizer = load_pair(path, preset, dtype, settings.seed)
@@ -145,7 +145,7 @@ def _load(
 def _show(results: Results, folder: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from kvpred_mlx.bench.pareto_report import remarks, table
+    from kvpred_mlx.bench.front.report import remarks, table
 
     if as_json:
         print(json.dumps(results))

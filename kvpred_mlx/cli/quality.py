@@ -37,9 +37,9 @@ def quality(
     """Continue real text from exact and predicted prompt caches, and compare."""
     from kvpred_mlx.cli import making
     from kvpred_mlx.cli.bench import numbers
-    from kvpred_mlx.data import encode
-    from kvpred_mlx.loading import DEMO_PAIR, find_pair, load
-    from kvpred_mlx.quality import cut_windows, measure
+    from kvpred_mlx.making.data import encode
+    from kvpred_mlx.making.quality import cut_windows, measure
+    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
 
     lengths = numbers("--prompt-tokens", prompt_tokens or ["192"], 2)
     if data is None:

@@ -67,9 +67,9 @@ def serve(
 
     from mlx_lm.utils import _parse_size
 
-    from kvpred_mlx.loading import DEMO_PAIR, context_length, find_pair, load, read_config
-    from kvpred_mlx.server import Settings
-    from kvpred_mlx.server import serve as run_server
+    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+    from kvpred_mlx.serving.server import Settings
+    from kvpred_mlx.serving.server import serve as run_server
 
     try:
         cache_bytes = None if prompt_cache_bytes is None else _parse_size(prompt_cache_bytes)

@@ -23,8 +23,8 @@ from kvpred_mlx.cli.making import (
 from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.loop import Report, Settings
-    from kvpred_mlx.model import KVPredictionModel
+    from kvpred_mlx.making.loop import Report, Settings
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -86,10 +86,10 @@ def train(
 ) -> None:
     """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.loop import Settings
-    from kvpred_mlx.loss import LossWeights
-    from kvpred_mlx.optimizers import LEARNING_RATES
-    from kvpred_mlx.train import default_dtype, joint_trainer, restored_types
+    from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
+    from kvpred_mlx.making.loop import Settings
+    from kvpred_mlx.making.loss import LossWeights
+    from kvpred_mlx.making.optimizers import LEARNING_RATES
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -157,10 +157,10 @@ def _begin(
 ) -> tuple[KVPredictionModel, Any, tuple[str, str], list[str]]:
     """The pair to train, its tokenizer, its models' names, and what its card says of its beginning."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.fit import FitSettings, fit
-    from kvpred_mlx.loading import find_pair, load
-    from kvpred_mlx.pairing import join
-    from kvpred_mlx.sources import DEFAULT
+    from kvpred_mlx.making.fit import FitSettings, fit
+    from kvpred_mlx.making.pairing import join
+    from kvpred_mlx.pair.loading import find_pair, load
+    from kvpred_mlx.pair.sources import DEFAULT
 
     if model is not None:
         if any(parts) or source is not None:

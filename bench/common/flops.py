@@ -1,0 +1,199 @@
+"""Floating-point operations until the first token, counted on the graph that MLX would evaluate.
+
+A multiply-add counts 2.  Counted are matrix products: projections, experts, the vocabulary, and attention's two
+products; embeddings, norms, RoPE and activations are free.  Because the graph holds only what the asked-for
+arrays depend on, prediction is charged for nothing that is never evaluated, and a mixture of experts only for
+the experts that are active.
+
+Attention is counted causally: the cost of a prompt is the sum of the costs of its tokens, each processed by
+itself after the tokens before it.  That cost is a piecewise linear function of the position (sliding windows make
+the pieces), so a few positions are traced and the rest follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvpred_mlx.bench.common.graph import Shape, Step, after, caches, fill, primitives
+from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.pair.model import KVPredictionModel
+
+
+@dataclass(frozen=True)
+class TTFT:
+    """FLOPs from an empty cache to the first token, for one row of a batch.
+
+    Args:
+        exact: the base's full prefill, as mlx-lm does it, and its step on the last prompt token.
+        predicted: the auxiliary up to the keys and values that are read, the predictor, and the base's step.
+        auxiliary: the auxiliary by itself, prefill and step.
+    """
+
+    exact: int
+    predicted: int
+    auxiliary: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times sooner the first token could come, if every operation took the same time."""
+        return self.exact / self.predicted
+
+
+def ttft_flops(pair: KVPredictionModel, prompt_tokens: int) -> TTFT:
+    """FLOPs of the three modes of a pair for a prompt of `prompt_tokens` tokens.
+
+    A prompt that is too short to be predicted costs the same in both modes.
+    """
+    exact = full_prefill_flops(pair.base, prompt_tokens)
+    predicted = exact
+    if prompt_tokens > pair.min_prompt_tokens:
+        predicted = dial_flops(pair, pair.exact_positions or ExactPositions(), prompt_tokens)
+    return TTFT(exact, predicted, full_prefill_flops(pair.auxiliary, prompt_tokens))
+
+
+def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int) -> int:
+    """FLOPs of a predicted prompt of `prompt_tokens` tokens, some of it exact.
+
+    The chosen (`top`) positions are not known beforehand: each costs as much as a candidate does on average.
+    """
+    call = Call.of(dial, prompt_tokens - 1, None, windowed=False)
+    base, candidates = Cost(fill(pair.base), caches(pair.base)), range(*call.candidates)
+    chosen = call.top * base.between(*call.candidates) // len(candidates) if call.top else 0
+    exact = base.until(call.first) + base.between(call.last, call.tokens) + chosen
+    scores = scores_flops(pair, call.tokens) if call.top else 0
+    return (
+        Cost(predict(pair), auxiliary_caches(pair)).until(call.read)
+        + scores
+        + exact
+        + step_flops(pair.base, call.tokens)
+    )
+
+
+def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
+    """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs."""
+
+    def listened(tokens: mx.array, cache: list[Any]) -> Any:
+        with pair.importance.listen() as heard:
+            return [read(pair)(tokens, cache), heard.scores(tokens.shape[1], tokens.shape[1], [0])]
+
+    both, alone = (
+        graph_flops(function, *arrays)
+        for function, arrays in (
+            after(0, (1, tokens), step, auxiliary_caches(pair)) for step in (listened, read(pair))
+        )
+    )
+    return both - alone
+
+
+def read(pair: KVPredictionModel) -> Step:
+    """The auxiliary, as far as the predictor reads it."""
+    return lambda tokens, cache: pair.auxiliary_features(tokens, cache)
+
+
+def predict(pair: KVPredictionModel) -> Step:
+    """The auxiliary and the predictor."""
+    return lambda tokens, cache: pair.predictor(read(pair)(tokens, cache))
+
+
+def auxiliary_caches(pair: KVPredictionModel) -> Callable[[], list[Any]]:
+    """Makes the auxiliary's empty caches."""
+    return lambda: list(pair.make_cache()[-1].auxiliary)
+
+
+def full_prefill_flops(model: nn.Module, prompt_tokens: int) -> int:
+    """FLOPs of mlx-lm's prefill (only the cache is evaluated) and of the step on the last prompt token."""
+    return Cost(fill(model), caches(model)).until(prompt_tokens - 1) + step_flops(model, prompt_tokens - 1)
+
+
+def step_flops(model: nn.Module, position: int) -> int:
+    """FLOPs of one decode step after `position` cached tokens, vocabulary included."""
+    return Cost(lambda tokens, cache: model(tokens, cache=cache), caches(model)).at(position)
+
+
+def graph_flops(function: Callable[..., Any], *arrays: mx.array) -> int:
+    """FLOPs of what `function(*arrays)` would evaluate.
+
+    Args:
+        function: returns a list of arrays.
+    """
+    return sum(
+        _PRODUCTS[name](inputs, outputs[0])
+        for name, inputs, outputs in primitives(function, *arrays)
+        if name in _PRODUCTS
+    )
+
+
+def prefill_bytes(model: nn.Module, batch_size: int, prompt_tokens: int, step_size: int) -> int:
+    """An estimate of the memory that a full prefill needs beside the weights.
+
+    The prompt's cache, and three arrays of the largest size that the last step makes: MLX frees an
+    intermediate array when its last reader is done.
+    """
+    last = min(step_size, prompt_tokens - 1)
+    function, arrays = after(prompt_tokens - 1 - last, (batch_size, last), fill(model), caches(model))
+    largest = max(4 * prod(out) for _, _, outputs in primitives(function, *arrays) for out in outputs)
+    cache = make_prompt_cache(model)
+    model(mx.zeros((batch_size, prompt_tokens), mx.int32), cache=cache)
+    return sum(c.nbytes for c in cache) + 3 * largest
+
+
+class Cost:
+    """The cost of one token as a function of how many tokens are cached."""
+
+    def __init__(self, step: Step, make_cache: Callable[[], list[Any]]):
+        self._step, self._make_cache = step, make_cache
+        self._known: dict[int, int] = {}
+
+    def at(self, cached: int) -> int:
+        if cached not in self._known:
+            self._known[cached] = self._trace(cached)
+        return self._known[cached]
+
+    def until(self, end: int) -> int:
+        """The cost of tokens 0 to `end` - 1, one after the other."""
+        return self.between(0, end)
+
+    def between(self, start: int, end: int) -> int:
+        """The cost of tokens `start` to `end` - 1, each after all before it."""
+        return self._sum(start, end - 1) if end > start else 0
+
+    def _sum(self, first: int, last: int) -> int:
+        ends = self.at(first) + self.at(last)
+        middle = (first + last) // 2
+        on_line = (last - first) * (self.at(middle) - self.at(first)) == (middle - first) * (
+            self.at(last) - self.at(first)
+        )
+        if last - first < 2 or on_line:
+            return ends * (last - first + 1) // 2 if last > first else self.at(first)
+        return self._sum(first, middle) + self._sum(middle + 1, last)
+
+    def _trace(self, cached: int) -> int:
+        function, arrays = after(cached, (1, 1), self._step, self._make_cache)
+        return graph_flops(function, *arrays)
+
+
+def _product(inputs: list[Shape], output: Shape) -> int:
+    return 2 * prod(output) * inputs[0][-1]
+
+
+def _attention(inputs: list[Shape], output: Shape) -> int:
+    queries, keys, values = inputs[:3]
+    return 2 * prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+# MLX's primitives that multiply matrices; the first input's last axis is summed over.
+_PRODUCTS: dict[str, Callable[[list[Shape], Shape], int]] = {
+    "Matmul": _product,
+    "AddMM": _product,
+    "QuantizedMatmul": _product,
+    "GatherMM": _product,
+    "GatherQMM": _product,
+    "ScaledDotProductAttention": _attention,
+}

@@ -1,0 +1,1 @@
+"""`kvpred-mlx pareto`: quality of every method at every budget against FLOPs and TTFT."""

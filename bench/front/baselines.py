@@ -1,0 +1,161 @@
+"""The methods of the Pareto front: the dial at several settings, and what people use today.
+
+Each method is a `Prefill` of `kvpred_mlx.making.quality` and the FLOPs of its first token.  A *budget* is the share of the prompt that the base processes exactly, or
+of its layers that are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from kvpred_mlx.bench.common.flops import (
+    Cost,
+    auxiliary_caches,
+    dial_flops,
+    full_prefill_flops,
+    read,
+    scores_flops,
+)
+from kvpred_mlx.bench.front.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
+from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.making.quality import Prefill, prefill_of
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.taps.shadows import layer_list_owners
+
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the front.
+
+    Args:
+        title: for tables and pictures.
+        prefill: of a pair at a budget.
+        flops: of a pair, a prompt of so many tokens, and a budget.
+        budgets: whether the budget means anything.
+        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens anywhere),
+            `drop` (leave some out).
+    """
+
+    title: str
+    prefill: Callable[[KVPredictionModel, float], Prefill]
+    flops: Callable[[KVPredictionModel, int, float], int]
+    budgets: bool = True
+    needs: tuple[str, ...] = ()
+
+
+def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
+    """The pair with its dial at `dial`, whatever its own setting is."""
+
+    def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
+        cache = pair.make_cache()
+        with Mode(positions=dial).applied(pair):
+            pair(prompt[:, :-1], cache=cache)
+        return pair.base, cache[:-1]
+
+    return prefill
+
+
+def pruned(model: nn.Module, share: float) -> nn.Module:
+    """A model with `share` of the layers, evenly spread, first and last among them; the weights are shared."""
+    arrays = dict(tree_flatten(model.parameters())).values()
+    made = copy.deepcopy(model, {id(array): array for array in arrays})
+    count, total = max(2, ceil(share * len(model.layers))), len(model.layers)
+    kept = sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
+    for owner, name in layer_list_owners(made):
+        owner[name] = [owner[name][i] for i in kept]
+    return made
+
+
+def _last(budget: float) -> ExactPositions:
+    return ExactPositions(last=budget)
+
+
+def _top(budget: float) -> ExactPositions:
+    return ExactPositions(top=budget)
+
+
+def _both(budget: float) -> ExactPositions:
+    return ExactPositions(first=SINKS, last=budget / 2, top=budget / 2)
+
+
+def _dial(title: str, dial: Callable[[float], ExactPositions]) -> Method:
+    return Method(
+        title, lambda pair, budget: dialled(pair, dial(budget)),
+        lambda pair, n, budget: dial_flops(pair, dial(budget), n),
+        needs=("top", "rows") if dial(0.5).top else (),
+    )  # fmt: skip
+
+
+def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
+    def prefill(pair: KVPredictionModel, budget: float) -> Prefill:
+        return drop_all_but(pair, attended(pair, dial(budget)))
+
+    def flops(pair: KVPredictionModel, n: int, budget: float) -> int:
+        call = Call.of(dial(budget), n - 1, announced=None, windowed=False)
+        kept = call.first + call.top + n - 1 - call.last
+        auxiliary = Cost(read(pair), auxiliary_caches(pair)).until(n - 1)
+        return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
+
+    return Method(title, prefill, flops, needs=("top", "rows", "drop"))
+
+
+def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:
+    return full_prefill_flops(pair.base, _last(budget).last_of(n - 1) + 1)
+
+
+METHODS: dict[str, Method] = {
+    "exact": Method(
+        "base alone", lambda pair, budget: prefill_of(pair.base),
+        lambda pair, n, budget: full_prefill_flops(pair.base, n), budgets=False,
+    ),
+    "predicted": Method(
+        "KV prediction", lambda pair, budget: dialled(pair, None),
+        lambda pair, n, budget: dial_flops(pair, ExactPositions(), n), budgets=False,
+    ),
+    "auxiliary": Method(
+        "auxiliary alone", lambda pair, budget: prefill_of(pair.auxiliary),
+        lambda pair, n, budget: full_prefill_flops(pair.auxiliary, n), budgets=False,
+    ),
+    "dial-last": _dial("dial: last", _last),
+    "dial-top": _dial("dial: top", _top),
+    "dial-both": _dial("dial: 4 first, last and top", _both),
+    "sparse-top": _sparse("sparse prefill: top", _top),
+    "sparse-both": _sparse("sparse prefill: 4 first, last and top", _both),
+    "last-only": Method(
+        "the last tokens only", lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept,
+        needs=("drop",),
+    ),
+    "random": Method(
+        "random tokens only",
+        lambda pair, budget: drop_all_but(pair, at_random(_last(budget).last_of, seed=0)), _kept,
+        needs=("rows", "drop"),
+    ),
+    "pruned": Method(
+        "base with that share of layers", lambda pair, budget: prefill_of(pruned(pair.base, budget)),
+        lambda pair, n, budget: full_prefill_flops(pruned(pair.base, budget), n),
+    ),
+}  # fmt: skip
+
+
+def usable(pair: KVPredictionModel, names: list[str]) -> dict[str, str]:
+    """Which of the methods the pair's families cannot do, and why."""
+    checks = {"top": pair.importance.check, "rows": pair.rows.check, "drop": lambda: check_windows(pair.base)}
+    reasons = {}
+    for name in names:
+        try:
+            for need in METHODS[name].needs:
+                checks[need]()
+        except ValueError as error:
+            reasons[name] = str(error)
+    return reasons

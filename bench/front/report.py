@@ -1,0 +1,190 @@
+"""The Pareto front for people and programs: table, Markdown, CSV, and the files on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kvpred_mlx.bench.common.results import can_draw, read_json, write_file
+from kvpred_mlx.bench.front.pareto import KIND, SCHEMA, SHOWN, Cell, Results, label
+
+FIGURES = {
+    "agreement": "agreement",
+    "first_token_agreement": "first token",
+    "recall": "recall",
+    "retention": "retention",
+}
+
+
+def write(folder: Path, results: Results, plot: bool) -> None:
+    """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png` and (scored) `front.png`."""
+    drawable = plot and any(c["flops"] for c in results["cells"]) and can_draw(results)
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
+    if drawable and any(c["ttft"] or c["quality"] for c in results["cells"]):
+        from kvpred_mlx.bench.front.plot import plot as draw
+        from kvpred_mlx.bench.front.plot import plot_front
+
+        write_file(folder / "pareto.png", lambda path: draw(results, path))
+        if any(c["quality"] for c in results["cells"]):
+            write_file(folder / "front.png", lambda path: plot_front(results, path))
+
+
+def read(path: Path) -> Results:
+    """Read a front's `results.json`.
+
+    Raises:
+        ValueError: it is not one, or of another schema.
+        OSError: it cannot be read.
+    """
+    results = read_json(path)
+    given = (results.get("kind"), results.get("schema")) if isinstance(results, dict) else (None, None)
+    if given != (KIND, SCHEMA):
+        raise ValueError(
+            f"{path}: {given[0]!r} of schema {given[1]!r}, expected {KIND!r} of schema {SCHEMA} "
+            "(a results.json of kvpred-mlx pareto)"
+        )
+    return results
+
+
+def table(results: Results) -> Table:
+    """One row for each cell."""
+    title = f"{results['pair']['name']}: quality against TTFT"
+    caption = "len: prompt tokens; fewer FLOPs and sooner: against the base alone; 95 % intervals"
+    caption += f"; {data_line(results)}" if results["data"] else ""
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    made.add_column("len", justify="right", no_wrap=True)
+    made.add_column("method", no_wrap=True)
+    for name in ("fewer FLOPs", "sooner", *FIGURES.values()):
+        made.add_column(name, justify="right", min_width=5 if name == "fewer FLOPs" else 9)
+    last = None
+    for cell in results["cells"]:
+        if last not in (None, cell["prompt_tokens"]):
+            made.add_section()
+        last = cell["prompt_tokens"]
+        made.add_row(str(last), label(cell), *_values(results, cell, short=True))
+    return made
+
+
+def markdown(results: Results) -> str:
+    """The same as a Markdown table."""
+    names = ["Fewer FLOPs", "Times sooner", *map(str.capitalize, FIGURES.values())]
+    return _markdown(names, [(c, [*_values(results, c)]) for c in results["cells"] if c["skipped"] is None])
+
+
+def recall_markdown(results: Results) -> str:
+    """Recall by depth (mean of the kinds), a row for each cell that recalls anything."""
+    asked = [c for c in results["cells"] if c["recall"] and c["recall"]["all"]["mean"]]
+    depths = list(next((kind for c in asked for kind in c["recall"]["depths"].values()), {}))
+
+    def shares(cell: Cell) -> list[str]:
+        kinds = cell["recall"]["depths"].values()
+        return [f"{mean(kind[depth]['mean'] for kind in kinds):.2f}" for depth in depths]
+
+    return _markdown([f"depth {depth}" for depth in depths], [(c, shares(c)) for c in asked])
+
+
+def gain_markdown(results: Results) -> str:
+    """What the dial and sparse prefill have over plain prediction, on the same windows and questions."""
+    cells = [c for c in results["cells"] if c["gain"] and c["method"].startswith(("dial-", "sparse-"))]
+
+    def gains(cell: Cell) -> list[str]:
+        return [_interval(cell["gain"].get(name), "mean", "{:+.3f}", False) for name in FIGURES]
+
+    names = ["Fewer FLOPs", *map(str.capitalize, FIGURES.values())]
+    return _markdown(names, [(c, [_fewer(results, c), *gains(c)]) for c in cells])
+
+
+def data_line(results: Results) -> str:
+    """How much text the quality figures are from; empty without text."""
+    data = results["data"] or {"windows": {}}
+    parts = [
+        f"{n} tokens: {w} windows of {data['documents'][n]} documents" for n, w in data["windows"].items()
+    ]
+    return "; ".join(parts)
+
+
+def remarks(results: Results) -> list[str]:
+    """Warnings, cells that the pair cannot do, and whether the run was cut short; one line each."""
+    lines = [f"warning: {text}" for text in results["warnings"]]
+    lines += sorted({f"skipped: {c['method']}: {c['skipped']}" for c in results["cells"] if c["skipped"]})
+    return lines if results["complete"] else [*lines, "interrupted: the same command goes on from here"]
+
+
+def csv_text(results: Results) -> str:
+    """One row for each cell."""
+    out = io.StringIO()
+    rows = list(_csv_rows(results))
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def figure(cell: Cell, name: str) -> dict[str, float] | None:
+    """Mean, low and high of one of `FIGURES` (or of `SHOWN`), if the cell has it."""
+    if name == "recall":
+        return cell["recall"] and cell["recall"]["all"]
+    return cell["quality"] and cell["quality"][name]
+
+
+def exact_cell(results: Results, prompt_tokens: int) -> Cell:
+    """The base alone at that length."""
+    return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
+
+
+def _markdown(names: list[str], rows: list[tuple[Cell, list[str]]]) -> str:
+    """A Markdown table: for each cell its prompt length, its label and the values of the columns `names`."""
+    lines = ["| Prompt | Method | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
+    lines += [f"| {cell['prompt_tokens']} | {label(cell)} | {' | '.join(values)} |" for cell, values in rows]
+    return "\n".join(lines)
+
+
+def _values(results: Results, cell: Cell, short: bool = False) -> Iterator[str]:
+    if cell["skipped"]:
+        yield from ["skipped", *[""] * (1 + len(FIGURES))]
+        return
+    yield _fewer(results, cell)
+    yield _interval(cell["sooner"], "median", "{:.2f}", short)
+    for name in FIGURES:
+        yield _interval(figure(cell, name), "mean", "{:.3f}", short)
+
+
+def _fewer(results: Results, cell: Cell) -> str:
+    return f"{exact_cell(results, cell['prompt_tokens'])['flops'] / cell['flops']:.2f}"
+
+
+def _interval(found: dict[str, float] | None, middle: str, form: str, short: bool) -> str:
+    if found is None:
+        return ""
+    show: Callable[[float], str] = form.format
+    if short:  # a terminal has 80 columns
+        return f"{show(found[middle])}\n{found['low']:.2f}-{found['high']:.2f}"
+    return f"{show(found[middle])} ({show(found['low'])} to {show(found['high'])})"
+
+
+def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
+    for cell in results["cells"]:
+        row = {"pair": results["pair"]["name"]}
+        row |= {
+            name: cell[name] for name in ("prompt_tokens", "method", "budget", "flops", "ttft", "skipped")
+        }
+        for name, found in (
+            ("sooner", cell["sooner"]),
+            *((name, figure(cell, name)) for name in (*SHOWN, "recall")),
+            *((f"{name}_gain", cell["gain"] and cell["gain"].get(name)) for name in (*SHOWN, "recall")),
+        ):
+            middle = "median" if name == "sooner" else "mean"
+            row |= {
+                f"{name}{end}": found and found[key]
+                for end, key in (("", middle), ("_low", "low"), ("_high", "high"))
+            }
+        yield row

@@ -1,0 +1,108 @@
+"""Token dropping: a base's cache that holds some of a prompt's tokens only, at their own positions.
+
+The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole prompt, and attend to
+one another alone; whatever comes later stands at its own position too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
+
+from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.making.quality import Prefill
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.taps.kv import KV
+
+Columns = Callable[[mx.array], mx.array]
+
+
+class SparseKVCache(ConcatenateKVCache):
+    """Keys and values of a part of the tokens before `offset`.
+
+    Args:
+        dropped: tokens that are not in it.
+    """
+
+    def __init__(self, dropped: int, keys: mx.array | None = None, values: mx.array | None = None):
+        super().__init__()
+        self.dropped, self.keys, self.values = dropped, keys, values
+        self.offset = dropped + (0 if keys is None else keys.shape[-2])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        super().update_and_fetch(keys, values)
+        self.offset += self.dropped
+        return self.keys, self.values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        return create_attention_mask(N, self.offset - self.dropped, return_array, window_size)
+
+
+def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
+    """The base processes the given columns of the prompt, `[B, k]` ascending, and drops the rest.
+
+    Raises:
+        ValueError: the base has sliding windows, which count tokens that are dropped.
+    """
+    check_windows(pair.base)
+
+    def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
+        kept, (B, n) = columns(prompt[:, :-1]), prompt[:, :-1].shape
+        tokens, k = mx.take_along_axis(prompt, kept, axis=1), kept.shape[1]
+        cache = make_prompt_cache(pair.base)
+        nothing = [
+            KV(*(mx.zeros((B, k, width)) for width in widths)) for widths in pair.predictor.base_widths
+        ]
+        pair.fill(nothing, tokens, cache)
+        pair.rows(tokens, mx.broadcast_to(mx.arange(k), (B, k)), k, cache, kept)
+        return pair.base, [SparseKVCache(n - k, *c.keys_and_values()) for c in cache]
+
+    return prefill
+
+
+def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Prefill:
+    """The base processes the end of the prompt only, as one piece."""
+    check_windows(base)
+
+    def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
+        n = prompt.shape[1] - 1
+        cache = [SparseKVCache(n - count(n)) for _ in make_prompt_cache(base)]
+        base(prompt[:, n - count(n) : -1], cache=cache)
+        return base, cache
+
+    return prefill
+
+
+def attended(pair: KVPredictionModel, dial: ExactPositions) -> Columns:
+    """The positions that the dial would make exact."""
+
+    def columns(tokens: mx.array) -> mx.array:
+        B, n = tokens.shape
+        with pair.importance.listen() as heard:
+            pair.predict(tokens, pair.make_cache()[-1])
+        call = Call.of(dial, n, announced=None, windowed=False)
+        last = mx.broadcast_to(mx.arange(call.last, n), (B, n - call.last))
+        return mx.concatenate([call.chosen(heard.scores(n, n, [0])), last], axis=1)
+
+    return columns
+
+
+def at_random(count: Callable[[int], int], seed: int) -> Columns:
+    """Any tokens."""
+
+    def columns(tokens: mx.array) -> mx.array:
+        order = mx.argsort(mx.random.uniform(shape=tokens.shape, key=mx.random.key(seed)), axis=1)
+        return mx.sort(order[:, : count(tokens.shape[1])], axis=1)
+
+    return columns
+
+
+def check_windows(base: nn.Module) -> None:
+    """Refuse a base with sliding windows."""
+    names = sorted({type(c).__name__ for c in make_prompt_cache(base) if type(c) is not KVCache})
+    if names:
+        raise ValueError(f"tokens cannot be dropped from {', '.join(names)}: the base has sliding windows")

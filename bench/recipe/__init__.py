@@ -1,0 +1,1 @@
+"""How bundled pairs are made, from the corpus to the model card."""

@@ -1,0 +1,1 @@
+"""`kvpred-mlx bench`: how much sooner the first token comes."""

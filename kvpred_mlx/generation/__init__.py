@@ -1,0 +1,1 @@
+"""mlx-lm's generation with a pair: time to first token, drafts, repair, conversations."""

@@ -1,0 +1,111 @@
+"""Speculative decoding with the pair's own auxiliary as draft model: it has read the prompt already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, maybe_quantize_kv_cache
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.model import KVPredictionModel
+
+NAME = "auxiliary"  #: the draft's name in flags and requests
+
+
+class AuxiliaryDraft:
+    """A pair's auxiliary as mlx-lm's draft model, without a prompt cache of its own.
+
+    It drafts from the cache with which it predicted the prompt: what the base has verified stands in the pair's
+    token log, what the auxiliary has not read of it is read first, and winding the pair's cache back winds the
+    auxiliary back.
+
+    Args:
+        pair: whose auxiliary drafts.
+    """
+
+    def __init__(self, pair: KVPredictionModel):
+        self._pair = pair
+        self.drafted = 0  #: tokens that were drafted so far
+
+    def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        """Logits [1, 1, vocabulary] after the last of `inputs` [1, L]; the others are in the log already."""
+        self.drafted += 1
+        entry, auxiliary = cache[0].entry, self._pair.auxiliary
+        entry.end_prompt()
+        unread = entry.unread()
+        if unread.shape[1] > 1:  # a prompt that the base processed exactly, or the end of one
+            prefill(auxiliary, unread[0], list(entry.auxiliary))
+            unread = unread[:, :0]
+        tokens = mx.concatenate([unread.astype(inputs.dtype), inputs[:, -1:]], axis=1)
+        return auxiliary(tokens, cache=list(entry.auxiliary))[:, -1:]
+
+    def make_cache(self) -> list[Any]:
+        """None of its own."""
+        return []
+
+    def attach(self, prompt_cache: list[Any], num_draft_tokens: int, end: int) -> list[Any]:
+        """The prompt cache that speculative decoding takes: the pair's, and the draft's view of it.
+
+        Args:
+            prompt_cache: the pair's; a cache that is only as deep as the predictor reads is read again whole.
+            end: tokens that it will hold at the end.
+
+        Raises:
+            ValueError: the cache is not the pair's, cannot be wound back, or verification calls would be taken
+                for prompts.
+        """
+        entry = prompt_cache[-1]
+        if not isinstance(entry, AuxiliaryCache):
+            raise ValueError("the auxiliary drafts from a prompt cache made by the pair's make_cache()")
+        if num_draft_tokens + 1 >= self._pair.min_prompt_tokens:
+            raise ValueError(
+                f"{num_draft_tokens} draft tokens, expected fewer than {self._pair.min_prompt_tokens - 1}: "
+                f"longer calls are prompts (min_prompt_tokens {self._pair.min_prompt_tokens})"
+            )
+        whole = make_prompt_cache(self._pair.auxiliary)
+        if len(entry.auxiliary) < len(whole):
+            entry.read_again(whole)
+        caches = [*prompt_cache[:-1], *entry.auxiliary]
+        windows = [size for c in caches if (size := getattr(c, "max_size", None)) is not None]
+        if windows and min(windows) < end:
+            raise ValueError(
+                f"a cache of {min(windows)} tokens cannot be wound back once it is full, expected room for "
+                f"{end} tokens (prompt, answer and draft) to use a draft"
+            )
+        return [*prompt_cache, _View(entry)]
+
+
+class _View:
+    """The draft's part of the prompt cache, as mlx-lm sees it: the pair's entry does the winding back."""
+
+    def __init__(self, entry: AuxiliaryCache):
+        self.entry = entry
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        return n
+
+
+def prefill(
+    model: Any,
+    tokens: mx.array,
+    cache: Any,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> None:
+    """Process `tokens` [n] as mlx-lm processes a prompt, chunk by chunk; `options` as its `generate_step`."""
+    step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
+    stream, kv_bits, group_size = (options.get(name) for name in ("stream", "kv_bits", "kv_group_size"))
+    with mx.stream(stream) if stream is not None else nullcontext():
+        for start in range(0, tokens.size, step):
+            model(tokens[None, start : start + step], cache=cache)
+            maybe_quantize_kv_cache(cache, options.get("quantized_kv_start", 0), group_size, kv_bits)
+            mx.eval([c.state for c in cache])
+            progress(min(start + step, tokens.size), tokens.size + 1)
+            mx.clear_cache()

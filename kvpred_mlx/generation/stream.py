@@ -1,0 +1,252 @@
+"""mlx-lm's `generate` and `stream_generate`, with the time to first token."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, DEFAULT_QUANTIZED_KV_START, generation_stream
+from mlx_lm.generate import GenerationResponse as MlxLmResponse
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from kvpred_mlx.generation.draft import AuxiliaryDraft, prefill
+from kvpred_mlx.generation.repair import BUDGET, Progress, RepairingModel
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.model import KVPredictionModel
+
+
+@dataclass
+class GenerationResponse(MlxLmResponse):
+    """mlx-lm's response, and how long the first token took.
+
+    Args:
+        ttft (float): seconds from the call until the first token's value was on the host.
+        prefill_time (float): the part of `ttft` in which the prompt cache was filled (auxiliary and
+            projection, or the base alone); the rest is the base's step on the last prompt token.
+        repair (Progress | None): how far the repair of the prompt cache is, if there is one.
+        repair_tps (float): tokens per second while it was repaired, the first token left out.
+        repaired_tps (float): tokens per second since it is exact; 0 before.
+        drafted (int): tokens that the pair's auxiliary drafted so far.
+        accepted (int): drafted tokens that the base accepted so far.
+    """
+
+    ttft: float = 0.0
+    prefill_time: float = 0.0
+    repair: Progress | None = None
+    repair_tps: float = 0.0
+    repaired_tps: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    *,
+    repair: bool = False,
+    repair_budget: float = BUDGET,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """mlx-lm's `stream_generate`: the same arguments, the same tokens, responses with `ttft`.
+
+    It knows the whole prompt, so unlike mlx-lm's it predicts a pair's prompt whatever the
+    `prefill_step_size` is, and honours `max_kv_size`, which mlx-lm ignores for models that make their cache.
+
+    Args:
+        draft_model: a pair's own auxiliary drafts from the cache with which it predicted the prompt, so it
+            processes no prompt of its own.
+        repair: recompute the prompt exactly behind the first token (see `RepairingModel`).
+        repair_budget: the share of decoding's time that the repair may take (see `RepairingModel`).
+
+    Raises:
+        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; or a pair's
+            auxiliary cannot draft with these options (see `AuxiliaryDraft.attach`).
+    """
+    clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
+    prompt = _token_ids(model, tokenizer, prompt)
+    draft: Any = draft_model
+    if isinstance(model, KVPredictionModel):
+        if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft):
+            draft = AuxiliaryDraft(model)
+        if draft is None or isinstance(draft, AuxiliaryDraft):
+            announce_prompt(model, prompt.size, kwargs)
+    if repair:
+        if draft is not None or not isinstance(model, KVPredictionModel):
+            raise ValueError("only a pair without a draft model has a predicted cache to repair")
+        model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
+    rates = _Rates(model.progress if isinstance(model, RepairingModel) else None)
+    if isinstance(draft, AuxiliaryDraft):
+        responses = _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **kwargs)
+    else:
+        progress: Any = {} if draft is not None else {"prompt_progress_callback": clock}
+        responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **kwargs, **progress)
+    accepted = 0
+    for response in responses:
+        clock.first_response()
+        accepted += response.from_draft
+        fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
+        counts: Any = (
+            {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
+        )
+        counts |= rates(response.generation_tokens)
+        yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **counts)
+
+
+def _drafted(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: mx.array,
+    max_tokens: int,
+    draft: Any,
+    clock: _FirstToken,
+    **options: Any,
+) -> Generator[MlxLmResponse, None, None]:
+    """mlx-lm's speculative decoding with an `AuxiliaryDraft`, from the prompt's last token on, after its prefill.
+
+    mlx-lm would let the draft process the prompt first.
+    """
+    defaults: dict[str, Any] = {
+        "stream": generation_stream,
+        "quantized_kv_start": DEFAULT_QUANTIZED_KV_START,
+        "kv_group_size": 64,
+        "num_draft_tokens": 2,
+    }
+    options = defaults | options
+    cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
+    attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
+    prefill(model, prompt[:-1], cache, clock, **options)
+    options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
+    for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
+        clock.first_response(prompt.size)
+        yield dataclasses.replace(response, prompt_tokens=prompt.size, prompt_tps=prompt.size / clock.ttft)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """mlx-lm's `generate`: the whole text at once; `verbose` prints it as it comes, and a footer."""
+    text, response = "", None
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(f"\n{'=' * 10}\n{footer(response)}")
+    return text
+
+
+def footer(response: GenerationResponse) -> str:
+    """mlx-lm's closing lines, and the TTFT with its parts."""
+    step = response.ttft - response.prefill_time
+    share = response.accepted / max(1, response.drafted)
+    draft = f"\nDraft: {response.accepted} of {response.drafted} drafted tokens accepted ({share:.0%})"
+    lines = (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB\n"
+        f"TTFT: {response.ttft:.3f} s (prompt cache {response.prefill_time:.3f} s, base step {step:.3f} s)"
+        f"{draft if response.drafted else ''}"
+    )
+    if response.repair is None:
+        return lines
+    if response.repair.exact_from == 0:
+        return f"{lines}\nRepair: nothing to do, all of the cache was exact"
+    if response.repair.given_up:
+        return f"{lines}\nRepair: given up, it does not catch up with the answer within its budget"
+    if response.repair.exact_from is None:
+        return f"{lines}\nRepair: not finished, {response.repair_tps:.3f} tokens-per-sec meanwhile"
+    return (
+        f"{lines}\nRepair: exact from generated token {response.repair.exact_from + 1} on, "
+        f"{response.repair_tps:.3f} tokens-per-sec before, {response.repaired_tps:.3f} after"
+    )
+
+
+def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, Any]) -> None:
+    """Tell the cache that a long prompt comes, and cut it so that no chunk is a single token."""
+    if options.get("prompt_cache") is None:
+        options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
+    entry, before_last = options["prompt_cache"][-1], tokens - 1
+    if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
+        entry.prompt_open, entry.announced = True, (0, before_last)
+        step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
+        sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))
+        options["prefill_step_size"] = next(size for size in sizes if size > 1 and before_last % size != 1)
+
+
+class _Rates:
+    """Decode speed while a cache is repaired, and after."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress = progress
+        self._times: list[float] = []
+
+    def __call__(self, tokens: int) -> dict[str, Any]:
+        """The response's fields when `tokens` tokens are out."""
+        if self._progress is None:
+            return {}
+        if len(self._times) < tokens:
+            self._times.append(time.perf_counter())
+        end = self._progress.exact_from
+        split = len(self._times) if end is None else min(end + 1, len(self._times))
+        rates = {"repair_tps": _rate(self._times[:split]), "repaired_tps": _rate(self._times[split - 1 :])}
+        return {"repair": dataclasses.replace(self._progress), **rates}
+
+
+def _rate(times: list[float]) -> float:
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+
+
+class _FirstToken:
+    """mlx-lm's prompt progress callback as a clock: it is called when the first token's value is ready."""
+
+    def __init__(self, then: Callable[[int, int], None] | None):
+        self._then, self._start = then, time.perf_counter()
+        self.ttft = self.prefill_time = 0.0
+
+    def __call__(self, processed: int, total: int) -> None:
+        elapsed = time.perf_counter() - self._start
+        if processed < total:
+            self.prefill_time = elapsed
+        else:
+            self.ttft = elapsed
+        if self._then is not None:
+            self._then(processed, total)
+
+    def first_response(self, total: int | None = None) -> None:
+        """Speculative decoding reports no progress: its first response is the first sign."""
+        if not self.ttft and total is not None:
+            self(total, total)
+        elif not self.ttft:
+            self.ttft = time.perf_counter() - self._start
+
+
+def _token_ids(model: nn.Module, tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
+    if isinstance(prompt, str):
+        wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+        bos = wrapped.bos_token
+        tokens: list[int] = wrapped.encode(
+            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+        )
+        ids = mx.array(tokens, dtype=mx.int32)
+    else:
+        ids = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
+    if ids.size == 0:
+        raise ValueError("the prompt is empty, expected at least one token")
+    size = getattr(model, "vocab_size", None)
+    low, high = int(ids.min()), int(ids.max())
+    if size is not None and (low < 0 or high >= size):
+        raise ValueError(f"the prompt has token ids {low} to {high}, expected 0 to {size - 1}")
+    return ids

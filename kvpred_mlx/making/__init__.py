@@ -1,0 +1,1 @@
+"""Making pairs: data, closed form, training, quality, cards, the hub."""

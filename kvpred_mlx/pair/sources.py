@@ -1,0 +1,59 @@
+"""What the predictor reads of the auxiliary model: its keys and values, both together, or its hidden states.
+
+The paper predicts keys from keys and values from values (`kv`).  `kv-joint` predicts each from both.  `hidden`
+predicts both from what the key projection of the *next* attention layer reads, its normalized input: it is wider,
+and has seen one more layer.  The last layer has no next one: its own input is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from kvpred_mlx.taps.kv_taps import KVTaps
+
+SOURCES = ("kv", "kv-joint", "hidden")
+DEFAULT = "hidden"  # docs/making-pairs.md has the comparison
+
+# Of one layer, `[B, L, width]`: what keys are predicted from, and values if that is another array.
+Features = tuple[mx.array, ...]
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError if `source` is none of `SOURCES`."""
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
+
+
+def feature_widths(source: str, auxiliary: KVTaps) -> list[tuple[int, int]]:
+    """For each auxiliary KV layer, the widths of what keys and values are predicted from."""
+    if source == "hidden":
+        widths = auxiliary.input_widths
+        return [(widths[_read(i, len(widths))],) * 2 for i in range(len(widths))]
+    return [(sum(w),) * 2 if source == "kv-joint" else w for w in auxiliary.widths]
+
+
+def layers_read(source: str, layer_map: Sequence[int], auxiliary: KVTaps) -> int:
+    """How many of the auxiliary's first KV layers must be there for the layers of `layer_map`."""
+    last = max(layer_map)
+    return 1 + (_read(last, len(auxiliary)) if source == "hidden" else last)
+
+
+def record(
+    source: str, auxiliary: KVTaps, tokens: mx.array, cache: list[Any] | None = None
+) -> tuple[list[Features], mx.array]:
+    """Run the auxiliary over `tokens` [B, L]: the features of its KV layers, as far as it runs, and its logits."""
+    if source == "hidden":
+        inputs, logits = auxiliary.record_inputs(tokens, cache)
+        reads = (_read(i, len(auxiliary)) for i in range(len(auxiliary)))
+        return [(inputs[r],) for r in reads if r < len(inputs)], logits
+    kv, logits = auxiliary.record(tokens, cache)
+    if source == "kv-joint":
+        return [(mx.concatenate(list(layer), axis=-1),) for layer in kv], logits
+    return [tuple(layer) for layer in kv], logits
+
+
+def _read(layer: int, n_layers: int) -> int:
+    return min(layer + 1, n_layers - 1)

@@ -1,0 +1,309 @@
+"""mlx-lm's HTTP handler with OpenAI's errors, a mode for each request, and the TTFT in the usage block."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+from mlx_lm.server import APIHandler
+
+from kvpred_mlx.generation.draft import NAME as AUXILIARY
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving.server import PairGenerator, RequestError
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+BASE = ":base"  # after the pair's name: the base alone
+
+
+class _Answered(Exception):
+    """mlx-lm is about to answer with an error of its own form; its reason is this exception's context."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
+class PairHandler(APIHandler):
+    """Requests for a pair.
+
+    mlx-lm reads the request and writes the answer.  What it would refuse, and what it would trip over, ends
+    in `_refuse`.
+    """
+
+    response_generator: PairGenerator
+    timeout = 120  # seconds for a client to send its request, or to take a piece of the answer
+
+    def do_POST(self) -> None:
+        self._answer(super().do_POST)
+
+    def do_GET(self) -> None:
+        self._answer(super().do_GET)
+
+    def _answer(self, handle: Callable[[], None]) -> None:
+        self._streaming = False
+        self._request: Any = None
+        try:
+            self._check_length()
+            handle()
+        except (ConnectionError, TimeoutError):  # the client has gone, and mlx-lm has stopped generating
+            self.close_connection = True
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+            self._refuse(error)
+
+    def _check_length(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        if not (length.isascii() and length.isdigit()):
+            raise RequestError(f"Content-Length is {length!r}, expected a number of bytes")
+        if int(length) > MAX_BODY_BYTES:
+            raise RequestError(f"the body has {length} bytes, expected at most {MAX_BODY_BYTES}", status=413)
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        if status_code >= 400:
+            raise _Answered(status_code)
+        super()._set_completion_headers(status_code)
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._streaming = True
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error in OpenAI's shape."""
+        status, fields = _describe(error, self.path)
+        if status >= 500:
+            logger.error("%s: %s", self.path, fields["message"], exc_info=error)
+        body = json.dumps({"error": fields})
+        try:
+            if self._streaming:  # the status has been sent: the error is the stream's last event
+                self.wfile.write(f"data: {body}\n\n".encode())
+                return
+            self._headers_buffer: list[bytes] = []
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body.encode())))
+            self._set_cors_headers()
+            self.end_headers()
+            self.wfile.write(body.encode())
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def validate_model_parameters(self) -> None:
+        """mlx-lm's checks, and those of what it takes as it comes.
+
+        Raises:
+            ValueError: naming the parameter, what was given and what was expected.
+        """
+        check_types(self.body)
+        super().validate_model_parameters()
+        if self.logit_bias and not all(0 <= token < self._vocab_size for token in self.logit_bias):
+            raise RequestError(f"logit_bias has token ids outside 0 to {self._vocab_size - 1}", "logit_bias")
+        check_input(self.body, chat="/chat/" in self.path)
+        options = self.body.get("stream_options") or {}
+        self.stream_options = {"include_usage": options.get("include_usage") is True}
+        self._mode = self._requested_mode()
+        self._draft = self._requested_draft()
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        request.mode, request.draft = self._mode, self._draft
+        request.ttft, request.started = None, time.perf_counter()
+        self._request = request
+        super().handle_completion(request, stop_words)
+
+    def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._with_ttft(super().generate_response(*args, **kwargs))
+
+    def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._with_ttft(super().completion_usage_response(*args, **kwargs))
+
+    def handle_models_request(self) -> None:
+        """The pair and its base, or one of them by name."""
+        created = self.created
+        models: list[dict[str, Any]] = [
+            {"id": name, "object": "model", "created": created, "owned_by": "kvpred-mlx"}
+            for name in (self._name, self._name + BASE)
+        ]
+        wanted = unquote(self.path.partition("?")[0]).removeprefix("/v1/models").strip("/")
+        found = [m for m in models if m["id"].strip("/") == wanted]
+        if wanted and not found:
+            raise _unknown_model(wanted, self._name)
+        self._set_completion_headers(200)
+        self.end_headers()
+        answer = found[0] if wanted else {"object": "list", "data": models}
+        self.wfile.write(json.dumps(answer).encode())
+
+    def _with_ttft(self, response: dict[str, Any]) -> dict[str, Any]:
+        if "usage" in response:
+            response["usage"] |= {"ttft": self._request.ttft, "mode": str(self._mode)}
+        return response
+
+    @property
+    def _name(self) -> str:
+        return self.response_generator.name
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.response_generator.model_provider.pair.vocab_size
+
+    def _requested_mode(self) -> Mode:
+        name, override = self.requested_model, self.body.get("kvpred")
+        if name not in ("default_model", self._name, self._name + BASE):
+            raise _unknown_model(name, self._name)
+        mode = self.response_generator.model_provider.default_mode
+        if name.endswith(BASE) and name != self._name:
+            mode = Mode(exact=True)
+            if override not in (None, {}, {"exact": True}):
+                raise RequestError(f"kvpred is {override!r}, but {name} is the base alone", "kvpred")
+        try:
+            asked = mode if override is None else mode.override(override)
+            asked.check(self.response_generator.model_provider.pair)
+            return asked
+        except ValueError as error:
+            raise RequestError(str(error), "kvpred") from error
+
+    def _requested_draft(self) -> str | None:
+        draft = self.body.get("draft_model", "default_model")
+        if draft == "default_model":
+            draft = self.response_generator.cli_args.draft
+        if draft not in (None, AUXILIARY):
+            raise RequestError(f"draft_model is {draft!r}, expected {AUXILIARY!r} or null", "draft_model")
+        most = self.response_generator.model_provider.pair.min_prompt_tokens - 2
+        if draft and not 1 <= self.num_draft_tokens <= most:
+            raise RequestError(
+                f"num_draft_tokens is {self.num_draft_tokens}, expected 1 to {most}", "num_draft_tokens"
+            )
+        return draft
+
+
+def check_types(body: dict[str, Any]) -> None:
+    """Refuse numbers that are none, and parameters that mlx-lm does not look at.
+
+    Raises:
+        RequestError: naming the parameter.
+    """
+    flags = ("stream", "logprobs")
+    for name, value in body.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{name} is {value}, expected a finite number", name)
+        if type(value) is bool and name in _NUMBERS:
+            raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
+        if name in flags and type(value) is not bool:
+            raise RequestError(f"{name} is {value!r}, expected true or false", name)
+    seed = body.get("seed")
+    if type(seed) is int and not 0 <= seed < 1 << 64:
+        raise RequestError(f"seed is {seed}, expected 0 to {(1 << 64) - 1}", "seed")
+    if body.get("n") not in (None, 1):
+        raise RequestError(f"n is {body['n']!r}, expected 1: one choice for each request", "n")
+    if body.get("adapters") is not None:
+        raise RequestError("adapters are not supported: load them into the pair", "adapters")
+    stop = body.get("stop")
+    if not (stop is None or _is_text(stop) or (isinstance(stop, list) and all(map(_is_text, stop)))):
+        raise RequestError(
+            f"stop is {stop!r}, expected a string that is not empty, or a list of such", "stop"
+        )
+    for name in ("logit_bias", "stream_options", "role_mapping", "chat_template_kwargs"):
+        if not isinstance(body.get(name), dict | None):
+            raise RequestError(f"{name} is {body[name]!r}, expected an object", name)
+    for token, bias in (body.get("logit_bias") or {}).items():
+        if type(bias) not in (int, float) or not math.isfinite(bias) or not token.lstrip("-").isdigit():
+            raise RequestError(
+                f"logit_bias is {{{token!r}: {bias!r}}}, expected a number for each id", "logit_bias"
+            )
+
+
+def check_input(body: dict[str, Any], chat: bool) -> None:
+    """Refuse a prompt or messages that are not text.
+
+    Raises:
+        RequestError: naming the parameter.
+    """
+    if not chat:
+        if not isinstance(body.get("prompt"), str):
+            raise RequestError(f"prompt is {_short(body.get('prompt'))}, expected a string", "prompt")
+        return
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages is {_short(messages)}, expected a list that is not empty", "messages")
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise RequestError(f"{where} is {_short(message)}, expected an object with a role", "messages")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        texts = all(
+            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
+        )
+        if not isinstance(content, str | list | None) or not texts:
+            raise RequestError(f"{where}.content is {_short(content)}, expected text", "messages")
+    tools = body.get("tools")
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools))):
+        raise RequestError(f"tools is {_short(tools)}, expected a list of objects", "tools")
+
+
+_NUMBERS = (
+    *(
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "top_logprobs",
+    ),
+    *("num_draft_tokens", "repetition_penalty", "repetition_context_size", "presence_penalty"),
+    *(
+        "presence_context_size",
+        "frequency_penalty",
+        "frequency_context_size",
+        "xtc_probability",
+        "xtc_threshold",
+    ),
+)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_model(name: str, known: str) -> RequestError:
+    message = f"the model {name!r} does not exist, expected {known!r} or {known + BASE!r}"
+    return RequestError(message, "model", "model_not_found", status=404)
+
+
+def _describe(error: Exception, path: str) -> tuple[int, dict[str, Any]]:
+    """The status and the fields of an error."""
+    status = 500
+    reason: BaseException = error
+    if isinstance(error, _Answered):
+        status, reason = error.status, error.__context__ or _without_reason(error.status, path)
+        if status == 404 and not isinstance(
+            reason, RequestError
+        ):  # before the first token: a template, or worse
+            status = 400 if isinstance(reason, ValueError | TypeError | LookupError) else 500
+    message = " ".join(str(reason).split()) or type(reason).__name__
+    if isinstance(reason, RequestError):
+        status = reason.status
+    elif isinstance(reason, UnicodeDecodeError | json.JSONDecodeError | RecursionError):
+        status, message = 400, f"the body is not JSON: {message}"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    param, code = (getattr(reason, name, None) for name in ("param", "code"))
+    return status, {"message": message, "type": kind, "param": param, "code": code}
+
+
+def _without_reason(status: int, path: str) -> RequestError:
+    if status == 404:
+        return RequestError(f"unknown path {path}", code="unknown_url", status=404)
+    what = "expected a Content-Length" if status == 411 else "the body is not a JSON object"
+    return RequestError(what, status=status)

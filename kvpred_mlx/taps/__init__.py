@@ -1,0 +1,1 @@
+"""Any mlx-lm model, seen and replaced from outside; nothing here knows of pairs."""

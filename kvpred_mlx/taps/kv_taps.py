@@ -1,0 +1,327 @@
+"""Record and replace the raw keys and values of any mlx-lm model, without per-family attention code.
+
+An attention layer's K and V projections are *tapped*: for the length of one forward call a tap stands
+where the projection stood, and either passes the projection's output through and keeps it (record) or
+returns a given array instead (inject).  The model's own code then does k_norm, RoPE, sliding windows and
+the cache.  MLX is lazy, so whatever an injected array makes unnecessary is never computed.
+
+A tap *shadows* its projection (`kvpred_mlx.taps.shadows`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvpred_mlx.errors import UnsupportedModelError
+from kvpred_mlx.taps.checkpointing import Call, Flow, Norms, checkpointed_layers
+from kvpred_mlx.taps.kv import KV
+from kvpred_mlx.taps.shadows import FirstLayers, Tap, layer_list_owners, lock, shadowed
+from kvpred_mlx.taps.sites import FusedColumns, check_caches, find_sites, group_calls, key_norm, project
+
+OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
+
+
+class KVTaps:
+    """The raw keys and values of a model, layer by layer.
+
+    A *KV layer* is a layer that makes keys and values of its own; layers that borrow another layer's are
+    not counted.  `widths[i]` is the pair (key width, value width) of KV layer i; the value width is 0
+    where a fused projection's columns all reach the cached keys (latent attention).  `input_widths[i]` is the
+    width of what layer i's key projection reads.
+
+    Args:
+        model: any mlx-lm model whose caches hold nothing but attention keys and values.
+
+    Raises:
+        UnsupportedModelError: naming the family and the reason.
+    """
+
+    checkpointed = False  #: compute each layer again in a backward pass instead of keeping its activations
+    _needs_cache = False
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.family: str = getattr(model, "model_type", type(model).__module__)
+        check_caches(self.family, make_prompt_cache(model))
+        sites = list(find_sites(model))
+        self._sites = sites
+        self._norms = {i: norm for i, site in enumerate(sites) if (norm := key_norm(site)) is not None}
+        self._pieces: dict[int, list[int]] = {}
+        self._in_dims: dict[int, int] = {}
+        self._out_dims: dict[int, int] = {}
+        calls = self._dry_run(make_prompt_cache(model))
+        # Layers that borrow keys and values find them in the cache; without one they make their own.
+        self._needs_cache = calls != self._dry_run(None)
+        self._layers = group_calls(self.family, sites, calls)
+        self._fused: list[FusedColumns | None] = [None] * len(self._layers)
+        dims = [[self._out_dims[s] for s, _ in layer] for layer in self._layers]
+        self.widths = [(d[0], d[-1]) for d in dims]
+        self.input_widths = [self._in_dims[layer[0][0]] for layer in self._layers]
+        self._find_fused_columns()
+        self._fused_at = {calls[0]: f for calls, f in zip(self._layers, self._fused, strict=True) if f}
+        self._check_injection()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def fused(self) -> bool:
+        """Whether any layer makes queries, keys and values in one projection."""
+        return any(self._fused)
+
+    def record(
+        self, tokens: mx.array, cache: list[Any] | None = None, norms: Norms | None = None
+    ) -> tuple[list[KV], mx.array]:
+        """Run the model over `tokens` [B, L] and keep every KV layer's raw keys and values.
+
+        Nothing is computed until it is evaluated.  Returns the recorded arrays and the logits.
+
+        Args:
+            norms: filled with what the key norms give, if the model has any (`kvpred_mlx.taps.key_norms`).
+        """
+
+        def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            flow.kept[call] = project(projection, x)
+            return flow.kept[call]
+
+        flow = Flow(norms=norms)
+        logits = self._run(tokens, cache, keep, flow)
+        return [self._kv(i, flow.kept) for i in range(len(self)) if self._layers[i][0] in flow.kept], logits
+
+    def record_inputs(
+        self, tokens: mx.array, cache: list[Any] | None = None
+    ) -> tuple[list[mx.array], mx.array]:
+        """What every KV layer's key projection reads, `[B, L, input_widths[i]]`; else as `record`."""
+
+        def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            flow.kept[call] = x
+            return project(projection, x)
+
+        flow = Flow()
+        logits = self._run(tokens, cache, keep, flow)
+        return [flow.kept[calls[0]] for calls in self._layers if calls[0] in flow.kept], logits
+
+    def inject(
+        self,
+        kv: Sequence[KV],
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        *,
+        logits: bool,
+        norms: Norms | None = None,
+    ) -> mx.array:
+        """Run the model over `tokens` [B, L] with the given raw keys and values in place of its own.
+
+        Args:
+            kv: one `KV` for each KV layer, as `record` returns them.
+            cache: updated in place; its entries depend on `kv` alone if `logits` is false.
+            logits: whether the returned logits [B, L, vocabulary] will be used.  If not, the queries of
+                fused projections are left out, else the cached entries would depend on them.
+            norms: as in `record`.
+
+        Raises:
+            ValueError: if the number, the widths or the tokens of `kv` are not as expected.
+        """
+        given = [(k.shape[-1], v.shape[-1]) for k, v in kv]
+        if given != self.widths:
+            raise ValueError(f"{self.family}: injected key and value widths {given}, expected {self.widths}")
+        shapes = {a.shape[:-1] for pair in kv for a in pair}
+        if shapes != {tokens.shape}:
+            raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
+
+        def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            arrays = [a.astype(x.dtype) for a in flow.given[call]]
+            fused = self._fused_at.get(call)
+            if fused is None:
+                return arrays[0]
+            if not logits:
+                return fused.pad(KV(*arrays))
+            return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
+
+        return self._run(tokens, cache, give, Flow(self._given(kv), norms=norms))
+
+    def norm_places(self) -> list[Call]:
+        """For each KV layer the place of its normed keys in `norms` (see `record`), if there is a norm."""
+        return [layer[0] for layer in self._layers]
+
+    @contextmanager
+    def first_layers(self, n: int | None) -> Iterator[None]:
+        """Let the model run its first `n` layers only (None: all), so that no graph is built beyond them."""
+        owners = layer_list_owners(self.model) if n is not None else []
+        with lock, ExitStack() as stack:
+            for owner, name in owners:
+                stack.enter_context(shadowed(owner, name, FirstLayers(owner[name], n)))
+            yield
+
+    def depth(self, kv_layers: int) -> tuple[int, int] | None:
+        """How many layers and how many cache entries the first `kv_layers` KV layers need.
+
+        Returns None if the model must run whole (it needs all, or its layers cannot be cut short).
+        """
+        n = max(self._sites[self._layers[i][0][0]].layer for i in range(kv_layers)) + 1
+        looped = any(nth for calls in self._layers for _, nth in calls)
+        if looped or n >= len(self.model.layers) or not layer_list_owners(self.model):
+            return None
+        try:
+            with self.first_layers(n):
+                cache = make_prompt_cache(self.model)
+                found = len(self.record(mx.array([[0, 0]]), cache)[0])
+                self.record(mx.array([[0, 0]]))  # without a cache too: some index their caches by layer
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # a family that counts on all its layers: run it whole
+            return None
+        used = [not c.empty() for c in cache]
+        entries = sum(used)
+        return (n, entries) if found >= kv_layers and all(used[:entries]) else None
+
+    def _run(self, tokens: mx.array, cache: list[Any] | None, on_call: OnCall, flow: Flow) -> mx.array:
+        if cache is None and self._needs_cache:
+            cache = make_prompt_cache(self.model)
+        with lock, ExitStack() as stack:
+            if self.checkpointed:
+                tapped = partial(self._tapped, on_call)
+                stack.enter_context(checkpointed_layers(self.model, self._sites, tapped, flow))
+            else:
+                stack.enter_context(self._tapped(on_call, flow))
+            return self.model(tokens, cache=cache) if cache is not None else self.model(tokens)
+
+    @contextmanager
+    def _tapped(self, on_call: OnCall, flow: Flow, layer: int | None = None) -> Iterator[None]:
+        """Let `on_call` answer for the projections of a layer (None: of all), with `flow` at hand."""
+        counts: Counter[int] = Counter()
+
+        def tap(site: int) -> Tap:
+            def call(projection: nn.Module, x: mx.array) -> Any:
+                counts[site] += 1
+                output = on_call(flow, (site, counts[site] - 1), projection, x)
+                return mx.split(output, self._pieces[site], axis=-1) if site in self._pieces else output
+
+            return Tap(self._sites[site].projection, call)
+
+        def norm_tap(site: int, norms: Norms) -> Tap:
+            def call(norm: nn.Module, x: mx.array) -> mx.array:
+                place = (site, counts[site] - 1)  # the projection was called just before
+                norms[place] = norm(x)
+                return norms[place]
+
+            return Tap(self._norms[site].projection, call)
+
+        with lock, ExitStack() as stack:
+            for i, site in enumerate(self._sites):
+                if layer in (None, site.layer):
+                    stack.enter_context(shadowed(site.owner, site.name, tap(i)))
+                    if flow.norms is not None and i in self._norms:
+                        norm = norm_tap(i, flow.norms)
+                        stack.enter_context(shadowed(site.owner, self._norms[i].name, norm))
+            yield
+
+    def _dry_run(self, cache: list[Any] | None) -> list[tuple[int, int]]:
+        """Which sites a prefill really calls, in call order, as (site, nth call of it)."""
+        calls: list[tuple[int, int]] = []
+
+        def note(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            site = call[0]
+            calls.append(call)
+            output = projection(x)
+            if not isinstance(output, mx.array):
+                self._pieces[site] = list(accumulate(piece.shape[-1] for piece in output))[:-1]
+            whole = project(projection, x)
+            self._in_dims[site], self._out_dims[site] = x.shape[-1], whole.shape[-1]
+            return whole
+
+        self._vocabulary = self._run(mx.array([[0, 0]]), cache, note, Flow()).shape[-1]
+        return calls
+
+    def _kv(self, layer: int, outputs: dict[Call, mx.array]) -> KV:
+        calls, fused = self._layers[layer], self._fused[layer]
+        if fused is not None:
+            return fused.split(outputs[calls[0]])
+        return KV(outputs[calls[0]], outputs[calls[1]])
+
+    def _given(self, kv: Sequence[KV]) -> dict[Call, tuple[mx.array, ...]]:
+        """What each call of a projection is given: both arrays if it is fused, else its own."""
+        given: dict[Call, tuple[mx.array, ...]] = {}
+        for calls, layer in zip(self._layers, kv, strict=True):
+            if calls[0] in self._fused_at:
+                given[calls[0]] = tuple(layer)
+            else:
+                given |= {call: (array,) for call, array in zip(calls, layer, strict=False)}
+        return given
+
+    def _find_fused_columns(self) -> None:
+        for i, calls in enumerate(self._layers):
+            pieces = self._pieces.get(calls[0][0])
+            if pieces is not None:  # the projection itself returns queries, keys and values
+                width = self.widths[i][0]
+                is_key = [pieces[0] <= c < pieces[1] for c in range(width)]
+                self._set_fused(i, FusedColumns.of(is_key, [c >= pieces[1] for c in range(width)]))
+        unknown = [i for i, calls in enumerate(self._layers) if len(calls) == 1 and self._fused[i] is None]
+        if unknown:
+            for i, is_key, is_value in self._reach(unknown):
+                self._set_fused(i, FusedColumns.of(is_key, is_value))
+
+    def _set_fused(self, layer: int, fused: FusedColumns) -> None:
+        if not fused.keys:
+            raise UnsupportedModelError(
+                f"{self.family}: no output of layer {layer}'s fused projection reaches the cached keys"
+            )
+        self._fused[layer] = fused
+        self.widths[layer] = (len(fused.keys), len(fused.values))
+
+    def _reach(self, layers: list[int]) -> Iterator[tuple[int, list[bool], list[bool]]]:
+        """Which columns of fused projections reach the cached keys and values, by a gradient's nonzeros."""
+        *keys, key = mx.random.split(mx.random.key(0), len(layers) + 1)
+        widths = [self.widths[i][0] for i in layers]
+        outputs = [mx.random.normal((1, 2, w), key=k) for w, k in zip(widths, keys, strict=True)]
+        calls = [self._layers[i][0] for i in layers]
+
+        def cached(outputs: list[mx.array], part: int) -> mx.array:
+            given = dict(zip(calls, outputs, strict=True))
+
+            def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+                array = given.get(call)
+                return project(projection, x) if array is None else array.astype(x.dtype)
+
+            cache = make_prompt_cache(self.model)
+            self._run(mx.array([[0, 0]]), cache, give, Flow())
+            states = [c.keys_and_values()[part].astype(mx.float32) for c in cache]
+            return sum(((s * mx.random.normal(s.shape, key=key)).sum() for s in states), mx.array(0.0))
+
+        reach = [mx.grad(partial(cached, part=part))(outputs) for part in (0, 1)]
+        for i, *columns in zip(layers, *reach, strict=True):
+            reached: list[Any] = [mx.any(g != 0, axis=(0, 1)).tolist() for g in columns]
+            yield i, reached[0], reached[1]
+
+    def _check_injection(self) -> None:
+        """Prove that the cache depends on nothing but the injected arrays: other tokens, same cache."""
+        keys = [mx.random.key(i) for i in range(len(self))]
+        kv = [
+            KV(*(mx.random.normal((1, 16, w), key=k) for w in ws))
+            for ws, k in zip(self.widths, keys, strict=True)
+        ]
+        states = []
+        for seed in (0, 1):  # tokens from all over the vocabulary: some may be untrained and alike
+            tokens = mx.random.randint(0, self._vocabulary, (1, 16), key=mx.random.key(seed))
+            cache = make_prompt_cache(self.model)
+            self.inject(kv, tokens, cache, logits=False)
+            leaves = dict(tree_flatten([c.state for c in cache])).values()
+            states.append([a for a in leaves if isinstance(a, mx.array)])
+        same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*states, strict=True)]
+        if not mx.all(mx.stack(same)).item():
+            raise UnsupportedModelError(
+                f"{self.family}: its cache holds more than the outputs of its key and value projections"
+            )
