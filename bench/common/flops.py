@@ -22,7 +22,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.bench.common.graph import Shape, Step, after, caches, fill, primitives
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.model import KVPredictionModel
 
 

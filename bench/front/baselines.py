@@ -25,11 +25,12 @@ from kvpred_mlx.bench.common.flops import (
     scores_flops,
 )
 from kvpred_mlx.bench.front.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill, prefill_of
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.taps.shadows import layer_list_owners
+from kvpred_mlx.taps.layers import layer_list_owners
 
 SINKS = 4
 

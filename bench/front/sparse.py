@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.taps.kv import KV
