@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from kvpred_mlx.dial.importance import choose
 from kvpred_mlx.dial.positions import ExactPositions, share
@@ -91,3 +94,8 @@ class Call:
         top = start + choose(scores[:, start:end], [self.top] * rows, [end - start] * rows)
         first = mx.arange(self.first) + (self.seen - self.tokens)
         return mx.concatenate([mx.broadcast_to(first, (rows, self.first)), top], axis=1)
+
+
+def keeps_all(cache: Sequence[Any]) -> bool:
+    """Whether every entry keeps all tokens of one row, or of rows of one length: no windows, no batches."""
+    return all(isinstance(c, KVCache | QuantizedKVCache) for c in cache)

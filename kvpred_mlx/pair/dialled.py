@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from kvpred_mlx.dial.importance import Heard, choose
-from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.plan import Call, keeps_all
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.parts import PairParts
@@ -62,8 +61,7 @@ def _call(
         pair.rows.check()
     if padded:
         return Call.padded(dial, tokens)
-    windowed = not all(isinstance(c, KVCache | QuantizedKVCache) for c in base_cache)
-    return Call.of(dial, tokens, entry.announced, windowed)
+    return Call.of(dial, tokens, entry.announced, windowed=not keeps_all(base_cache))
 
 
 def _chosen(

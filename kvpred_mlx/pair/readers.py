@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from kvpred_mlx.dial.importance import Heard, Importance
-from kvpred_mlx.dial.plan import Call, Span
+from kvpred_mlx.dial.plan import Call, Span, keeps_all
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.pair import cpu_prefill
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
@@ -209,7 +209,7 @@ class _FirstLayersReading:
             return self._fill(span.start, span.stop, span.depth, cache)
         # The last queries choose, also if they stand in the exact end: the first layers read that too.
         beyond = self._read - span.stop
-        heard_in = cache if not beyond or can_trim_prompt_cache(cache) else copy.deepcopy(cache)
+        heard_in = cache if not beyond or keeps_all(cache) else copy.deepcopy(cache)
         with self._reader.importance.listen(span.depth or self._reader.depth) as self.heard:
             logits = self._fill(span.start, self._read, span.depth, heard_in)
         if heard_in is not cache:
