@@ -33,8 +33,9 @@ from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import LossWeights
 from kvpred_mlx.making.pairing import join, load_part
-from kvpred_mlx.making.quality import SCORE_TOKENS, Quality, cut_windows, measure
+from kvpred_mlx.making.quality import SCORE_TOKENS, Quality, measure
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
+from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair.loading import DEMO_PAIR, load, save
 
 CONTEXT = 640

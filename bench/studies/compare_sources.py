@@ -28,8 +28,9 @@ from kvpred_mlx.making.data import PackedSequences, encode
 from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
 from kvpred_mlx.making.pairing import join, load_part
-from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure, modes_of
+from kvpred_mlx.making.quality import SCORE_TOKENS, measure, modes_of
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
+from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair.loading import load, save
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.sources import SOURCES
