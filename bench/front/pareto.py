@@ -28,7 +28,8 @@ from kvpred_mlx.bench.front import recall_score
 from kvpred_mlx.bench.front.baselines import METHODS, usable
 from kvpred_mlx.bench.ttft.run import describe_pair
 from kvpred_mlx.making import quality
-from kvpred_mlx.making.quality import Prefill, Windows, cut_windows
+from kvpred_mlx.making.quality import Prefill
+from kvpred_mlx.making.windows import Windows, cut_windows
 from kvpred_mlx.pair.model import KVPredictionModel
 
 SCHEMA = 2
@@ -215,7 +216,7 @@ def _score(
     found = quality.measure(
         pair, cut, {"exact": METHODS["exact"].prefill(pair, 0.0), "no prompt": without} | prefills(pair, cells),
         over=OVER if any(c["method"] == OVER for c in cells) else None, seed=settings.seed,
-        progress=lambda done, total: progress(done, total, f"{n} tokens: text"),
+        progress=lambda done, total, what=None: progress(done, total, f"{n} tokens: text"),
     )  # fmt: skip
     for cell in cells:
         figures = found.modes[label(cell)]

@@ -28,12 +28,14 @@ from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import new_directory
 from kvpred_mlx.making.card import CardFacts, write_card
 from kvpred_mlx.making.data import PackedSequences, encode
-from kvpred_mlx.making.fit import FitSettings, fit
+from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
-from kvpred_mlx.making.loop import Settings, Trainer
+from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import LossWeights
 from kvpred_mlx.making.pairing import join, load_part
-from kvpred_mlx.making.quality import SCORE_TOKENS, Quality, cut_windows, measure
+from kvpred_mlx.making.quality import SCORE_TOKENS, Quality, measure
+from kvpred_mlx.making.settings import FitSettings, TrainingSettings
+from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair.loading import DEMO_PAIR, load, save
 
 CONTEXT = 640
@@ -186,7 +188,7 @@ class Recipe:
             begin = out
 
     def _teach(self, config: dict[str, Any], lesson: Lesson, begin: Path | None, out: Path) -> None:
-        settings = Settings(
+        settings = TrainingSettings(
             batch_size=self.batch_size * lesson.batch_size, learning_rate=lesson.learning_rate, warmup=50,
             end_learning_rate=0.02, save_every=200, optimizer="muon",
         )  # fmt: skip
@@ -218,12 +220,12 @@ class Recipe:
         if out.exists():
             return
         pair, tokenizer = load(self.folder / begin)
-        settings = Settings(
+        settings = TrainingSettings(
             batch_size=self.batch_size, learning_rate=stage.learning_rate, warmup=50, end_learning_rate=0.02,
             save_every=50, seed=stage.seed, dtype=default_dtype(), optimizer=stage.optimizer,
         )  # fmt: skip
 
-        def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
+        def trainer(rows: PackedSequences, settings: TrainingSettings, states: Path | None) -> Trainer:
             twin = load(self.folder / begin)[0] if states is None else pair
             return joint_trainer(twin, rows, settings, stage.weights, states)
 

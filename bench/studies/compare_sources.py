@@ -25,11 +25,12 @@ from kvpred_mlx.bench.recipe import corpus
 from kvpred_mlx.bench.recipe.pretrain import Curriculum, show
 from kvpred_mlx.bench.ttft.measure import generate
 from kvpred_mlx.making.data import PackedSequences, encode
-from kvpred_mlx.making.fit import FitSettings, fit
+from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
-from kvpred_mlx.making.loop import Settings
 from kvpred_mlx.making.pairing import join, load_part
-from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure, modes_of
+from kvpred_mlx.making.quality import SCORE_TOKENS, measure, modes_of
+from kvpred_mlx.making.settings import FitSettings, TrainingSettings
+from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair.loading import load, save
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.sources import SOURCES
@@ -69,7 +70,7 @@ def make(folder: Path, variant: Variant) -> KVPredictionModel:
         settings = FitSettings(FIT_TOKENS, source=variant.source, layer_map=variant.layer_map)
         pair = join(base, auxiliary, fit(base.model, auxiliary.model, rows, settings).predictor)
         if variant.steps:
-            training = Settings(variant.steps, 4, 1e-3, 0.02, warmup=20, dtype=default_dtype())
+            training = TrainingSettings(variant.steps, 4, 1e-3, 0.02, warmup=20, dtype=default_dtype())
             halves = Curriculum(rows.rows, variant.steps)
             with restored_types(pair):
                 joint_trainer(pair, halves, training, state_folder=path.with_suffix(".state")).run(show)

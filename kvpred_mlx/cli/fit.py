@@ -45,10 +45,10 @@ def fit(
 ) -> None:
     """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.making.fit import FitSettings
     from kvpred_mlx.making.fit import fit as fit_predictor
     from kvpred_mlx.making.layer_maps import parse
     from kvpred_mlx.making.pairing import join
+    from kvpred_mlx.making.settings import FitSettings
     from kvpred_mlx.pair.sources import DEFAULT, check_source
     from kvpred_mlx.taps.kv_taps import KVTaps
 

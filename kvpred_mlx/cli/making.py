@@ -112,7 +112,8 @@ def held_out_figures(
 ) -> list[Quality]:
     """Quality on held-out documents, for the prompt lengths that they are long enough for."""
     from kvpred_mlx.making.data import encode
-    from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure
+    from kvpred_mlx.making.quality import SCORE_TOKENS, measure
+    from kvpred_mlx.making.windows import cut_windows
 
     ids = encode(tokenizer, documents)
     figures = []

@@ -38,7 +38,8 @@ def quality(
     from kvpred_mlx.cli import making
     from kvpred_mlx.cli.bench import numbers
     from kvpred_mlx.making.data import encode
-    from kvpred_mlx.making.quality import cut_windows, measure
+    from kvpred_mlx.making.quality import measure
+    from kvpred_mlx.making.windows import cut_windows
     from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
 
     lengths = numbers("--prompt-tokens", prompt_tokens or ["192"], 2)

@@ -68,8 +68,8 @@ def serve(
     from mlx_lm.utils import _parse_size
 
     from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
-    from kvpred_mlx.serving.server import Settings
     from kvpred_mlx.serving.server import serve as run_server
+    from kvpred_mlx.serving.settings import ServerSettings
 
     try:
         cache_bytes = None if prompt_cache_bytes is None else _parse_size(prompt_cache_bytes)
@@ -84,7 +84,7 @@ def serve(
     model.exact = exact
     set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
-    settings = Settings(
+    settings = ServerSettings(
         host=host, port=port, allowed_origins=allowed_origins.split(","), draft=draft,
         num_draft_tokens=num_draft_tokens, use_default_chat_template=use_default_chat_template, temp=temp,
         top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, chat_template_args=template_args,

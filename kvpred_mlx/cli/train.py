@@ -23,7 +23,8 @@ from kvpred_mlx.cli.making import (
 from kvpred_mlx.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.making.loop import Report, Settings
+    from kvpred_mlx.making.reports import Report
+    from kvpred_mlx.making.settings import TrainingSettings
     from kvpred_mlx.pair.model import KVPredictionModel
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -87,9 +88,9 @@ def train(
     """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
     from kvpred_mlx.cli import making
     from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
-    from kvpred_mlx.making.loop import Settings
     from kvpred_mlx.making.loss import LossWeights
     from kvpred_mlx.making.optimizers import LEARNING_RATES
+    from kvpred_mlx.making.settings import TrainingSettings
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -107,9 +108,9 @@ def train(
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
         shutil.rmtree(states, ignore_errors=True)
-    settings = Settings(
+    settings = TrainingSettings(
         iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
-        weight_decay=Settings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
+        weight_decay=TrainingSettings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
@@ -157,8 +158,9 @@ def _begin(
 ) -> tuple[KVPredictionModel, Any, tuple[str, str], list[str]]:
     """The pair to train, its tokenizer, its models' names, and what its card says of its beginning."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.making.fit import FitSettings, fit
+    from kvpred_mlx.making.fit import fit
     from kvpred_mlx.making.pairing import join
+    from kvpred_mlx.making.settings import FitSettings
     from kvpred_mlx.pair.loading import find_pair, load
     from kvpred_mlx.pair.sources import DEFAULT
 
@@ -186,7 +188,7 @@ def _begin(
     return join(first, second, fitted.predictor), first.tokenizer, (first.name, second.name), made
 
 
-def _run(trainer: Any, settings: Settings, states: Path) -> None:
+def _run(trainer: Any, settings: TrainingSettings, states: Path) -> None:
     """Train with progress on standard error; only the first process of several shows it."""
     import sys
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -12,50 +11,15 @@ import numpy as np
 from kvpred_mlx.making import layer_maps
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.moments import Moments, Ridge
+from kvpred_mlx.making.settings import FitSettings
 from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.predictor import Predictor
+from kvpred_mlx.progress import ProgressCallback, no_progress
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 RIDGES = tuple(10.0**e for e in (-9, -7, -6, -5, -4, -3, -2, -1, 0))
 HELD_OUT_BATCHES = 10  # one batch in so many chooses ridge and layer map
 PARTS = ("keys", "values")
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to fit.
-
-    Args:
-        tokens: how many tokens to read, at most.
-        batch_size: sequences at a time.
-        source: what to predict from, one of `kvpred_mlx.pair.sources.SOURCES`.
-        layer_map: auto, even, or a list such as 0,0,1,1.
-        ridge: of standardized features; None chooses on held-out batches, for each layer, keys and values apart.
-        seed: of the choice of sequences.
-    """
-
-    tokens: int = 200_000
-    batch_size: int = 8
-    source: str = sources.DEFAULT
-    layer_map: str = "auto"
-    ridge: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sources.check_source(self.source)
-        wrong = [
-            f"{k} is {v}, expected at least 1"
-            for k in ("tokens", "batch_size")
-            if (v := getattr(self, k)) < 1
-        ]
-        wrong += (
-            [f"ridge is {self.ridge}, expected 0 or more"]
-            if self.ridge is not None and not self.ridge >= 0
-            else []
-        )
-        if wrong:
-            raise ValueError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -80,7 +44,7 @@ def fit(
     auxiliary: nn.Module,
     data: PackedSequences,
     settings: FitSettings,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> Fit:
     """Fit a predictor in one pass over the data.
 

@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.loop import Settings, Trainer
+from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
+from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.pair.cpu_prefill import on_cpu
 from kvpred_mlx.pair.loading import quantization_config
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -22,7 +23,7 @@ from kvpred_mlx.pair.model import KVPredictionModel
 def joint_trainer(
     pair: KVPredictionModel,
     data: PackedSequences,
-    settings: Settings,
+    settings: TrainingSettings,
     weights: LossWeights | None = None,
     state_folder: Path | None = None,
     *,
