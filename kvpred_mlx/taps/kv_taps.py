@@ -82,7 +82,11 @@ class KVTaps:
         return any(self._fused)
 
     def record(
-        self, tokens: mx.array, cache: list[Any] | None = None, norms: Norms | None = None
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        norms: Norms | None = None,
+        inputs: list[mx.array] | None = None,
     ) -> tuple[list[KV], mx.array]:
         """Run the model over `tokens` [B, L] and keep every KV layer's raw keys and values.
 
@@ -90,15 +94,22 @@ class KVTaps:
 
         Args:
             norms: filled with what the key norms give, if the model has any (`kvpred_mlx.taps.key_norms`).
+            inputs: filled with what every KV layer's key projection reads, `[B, L, input_widths[i]]`; not for a
+                backward pass through layers that are `checkpointed`.
         """
+        read: dict[Call, mx.array] = {}
 
         def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            read[call] = x
             flow.kept[call] = project(projection, x)
             return flow.kept[call]
 
         flow = Flow(norms=norms)
         logits = self._run(tokens, cache, keep, flow)
-        return [self._kv(i, flow.kept) for i in range(len(self)) if self._layers[i][0] in flow.kept], logits
+        reached = [i for i, calls in enumerate(self._layers) if calls[0] in flow.kept]
+        if inputs is not None:
+            inputs += [read[self._layers[i][0]] for i in reached]
+        return [self._kv(i, flow.kept) for i in reached], logits
 
     def record_inputs(
         self, tokens: mx.array, cache: list[Any] | None = None
