@@ -14,7 +14,7 @@ from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.evaluate import evaluate
 from kvpred_mlx.cli.fit import fit
-from kvpred_mlx.cli.generate import generate
+from kvpred_mlx.cli.generate import EPILOG, GenerateCommand, generate
 from kvpred_mlx.cli.info import info
 from kvpred_mlx.cli.pareto import pareto
 from kvpred_mlx.cli.quality import quality
@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(generate)
+app.command(cls=GenerateCommand, epilog=EPILOG)(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(bench)

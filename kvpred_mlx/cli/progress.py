@@ -5,17 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Called with how much is done, the total, and what is going on if that has changed."""
-
-    def __call__(self, done: int, total: int, what: str | None = None) -> None: ...
+from kvpred_mlx.progress import ProgressCallback
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
+def progress_bar(what: str) -> Iterator[ProgressCallback]:
     """A bar on standard error while the block runs; nothing if that is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn

@@ -20,6 +20,7 @@ from kvpred_mlx.pair.model import KVPredictionModel, Model, ModelArgs
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 DEMO_PAIR = Path(__file__).parents[1] / "pycode"
+BUNDLED = {DEMO_PAIR.name: DEMO_PAIR}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -131,7 +132,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 
 
 def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a pair, fetched from the Hugging Face hub if it is a repository's name.
+    """The local directory of a pair: a directory, a bundled pair's name, or a Hugging Face repository, fetched.
 
     Raises:
         FileNotFoundError: neither a directory nor a repository that could be fetched.
@@ -140,6 +141,10 @@ def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         return path
     name = str(path_or_hf_repo)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    if "/" not in name:
+        raise FileNotFoundError(f"{name}: no such directory, and not a bundled pair ({', '.join(BUNDLED)})")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name}: no such directory")
     try:
