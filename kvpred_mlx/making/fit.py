@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from kvpred_mlx.files import new_directory
 from kvpred_mlx.making import layer_maps
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.moments import Ridge
-from kvpred_mlx.making.regression import FirstLayers, Key, Maps, Sums, Target, TwoModels
+from kvpred_mlx.making.recording import Recording
+from kvpred_mlx.making.regression import FirstLayers, Key, Maps, RecordedFirstLayers, Sums, Target, TwoModels
 from kvpred_mlx.making.settings import FitSettings
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.progress import ProgressCallback, no_progress
@@ -101,6 +102,25 @@ def fit_first_layers(
     _Run(data, settings, progress, folder).read(sums, "fitting")
     solved = _Solution(sums, settings.ridge)
     return solved.fit(recorder.predictor(solved.maps), len(recorder.base))
+
+
+def fit_recorded(
+    base: KVTaps,
+    depths: Sequence[int],
+    recording: Recording,
+    windows: Sequence[int],
+    ridge: float | None = None,
+    progress: ProgressCallback = no_progress,
+) -> Iterator[Fit]:
+    """As `fit_first_layers` from recorded windows: a fit for each number of windows in `windows`, ascending."""
+    recorder = RecordedFirstLayers(base, depths, recording)
+    sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
+    for i in range(max(windows)):
+        sums.read(recording.rows([i]), held_out=i % HELD_OUT_BATCHES == 1)
+        progress(i + 1, max(windows), "summing up")
+        if i + 1 in windows:
+            solved = _Solution(sums, ridge)
+            yield solved.fit(FirstLayers(base, depths).predictor(solved.maps), len(base))
 
 
 def _taps(model: nn.Module | KVTaps) -> KVTaps:

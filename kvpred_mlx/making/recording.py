@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -107,7 +108,10 @@ def _record(pair: KVPredictionModel, prompts: mx.array, continuations: mx.array)
     ids = mx.broadcast_to(mx.arange(logits.shape[-1]), logits.shape) if top is None else top
     order = mx.argsort(-mx.take_along_axis(logprobs, ids, axis=-1), axis=-1)
     ids = mx.take_along_axis(ids, order, axis=-1)
+    without = pair.base(answers, cache=make_prompt_cache(pair.base)).astype(mx.float32)
     return {
+        "losses": nn.losses.cross_entropy(logits, continuations),
+        "losses_without": nn.losses.cross_entropy(without, continuations),
         "kv": whole,
         "features": features,
         "top_ids": ids,
@@ -170,6 +174,8 @@ class Recording:
             "kv": ((count, prompt - 1, width), np.float16),
             "top_ids": ((count, scored, TOP), np.int32),
             "top_logprobs": ((count, scored, TOP), np.float32),
+            "losses": ((count, scored), np.float32),
+            "losses_without": ((count, scored), np.float32),
         }
         shapes |= {name: ((count, prompt - 1, w), np.float16) for name, w in layout.features.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +188,7 @@ class Recording:
         return made
 
     def write(
-        self, rows: slice, *, kv: mx.array, features: Mapping[str, mx.array], **logits: mx.array
+        self, rows: slice, *, kv: mx.array, features: Mapping[str, mx.array], **scores: mx.array
     ) -> None:
         """Add windows, the next ones; they count once everything of them is on disk."""
         arrays = self._arrays
@@ -192,11 +198,9 @@ class Recording:
         arrays["kv"][rows] = values - arrays["kv_means"]
         for name, array in features.items():
             arrays[name][rows] = np.array(array.astype(mx.float32))
-        for name, array in logits.items():
-            kept = np.array(array)
-            arrays[name][rows, :, : kept.shape[-1]] = kept
-            if kept.shape[-1] < TOP:
-                arrays[name][rows, :, kept.shape[-1] :] = -np.inf if name == "top_logprobs" else 0
+        for name, array in scores.items():
+            arrays[name][rows, ..., : array.shape[-1]] = np.array(array)
+            arrays[name][rows, ..., array.shape[-1] :] = -np.inf if name == "top_logprobs" else 0
         for array in arrays.values():
             array.flush()
         self.done = rows.stop
@@ -211,19 +215,24 @@ class Recording:
         """Tokens of a window."""
         return self._arrays["prompts"].shape[1] + self._arrays["continuations"].shape[1]
 
+    @property
+    def documents(self) -> np.ndarray:
+        """Which document each window is from, `[W]`."""
+        return np.array(self._arrays["documents"][: self.done])
+
     def checksum(self) -> int:
         """Of the windows."""
         return int(self._facts["windows"])
 
     def rows(self, chosen: Any, features: Sequence[str] | None = None) -> Batch:
         """Some windows: `prompts` [B, P], `continuations` [B, N], `kv` [B, P - 1, widths], the features, and the
-        exact base's `top_ids` and `top_logprobs` [B, N, TOP].
+        exact base's `top_ids` and `top_logprobs` [B, N, TOP] and its `losses` [B, N], also those without the prompt.
 
         Args:
             features: which ones (default: all).
         """
         names = list(self.layout.features) if features is None else list(features)
-        plain = ("prompts", "continuations", "top_ids", "top_logprobs")
+        plain = ("prompts", "continuations", "top_ids", "top_logprobs", "losses", "losses_without")
         batch = {name: mx.array(self._arrays[name][chosen]) for name in plain}
         batch["kv"] = mx.array(self._arrays["kv"][chosen]).astype(mx.float32) + mx.array(
             self._arrays["kv_means"]

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvpred_mlx.making.moments import Moments
+from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -30,8 +31,8 @@ class Recorder(Protocol):
     widths: Mapping[Key, int]
     target_widths: Mapping[Target, int]
 
-    def record(self, tokens: mx.array) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
-        """Features and targets of `tokens` [B, L], `[B, L, width]` each, lazy."""
+    def record(self, batch: Any) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
+        """Features and targets of a batch (tokens [B, L], or windows of a recording), `[B, L, width]` each, lazy."""
         ...
 
 
@@ -109,6 +110,21 @@ class FirstLayers:
         return self._empty
 
 
+class RecordedFirstLayers(FirstLayers):
+    """The same from windows that were recorded before (`kvpred_mlx.making.recording`)."""
+
+    def __init__(self, base: KVTaps, depths: Sequence[int], recording: Recording):
+        super().__init__(base, depths)
+        self._recording = recording
+
+    def record(self, batch: Any) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
+        kv = self._recording.split_kv(batch["kv"])
+        return (
+            {(k, 0): batch[f"layer_{k}"] for k in self.depths},
+            {(i, part): kv[i][part] for i, part in self.target_widths},
+        )
+
+
 class Sums:
     """Moments of every feature array with its targets, side by side, so that a batch is one product of matrices.
 
@@ -138,15 +154,16 @@ class Sums:
         self.fitted, self.held_out = (self._zeros() for _ in range(2))
         self.tokens = 0
 
-    def read(self, tokens: mx.array, *, held_out: bool) -> None:
-        """Add a batch `[B, L]`."""
-        features, targets = self._recorder.record(tokens)
+    def read(self, batch: Any, *, held_out: bool) -> None:
+        """Add a batch, as the recorder takes it."""
+        features, targets = self._recorder.record(batch)
         sums = self.held_out if held_out else self.fitted
         mx.eval([features[key] for key in self.targets], list(targets.values()))
         for key, wanted in self.targets.items():
             y = [_double(targets[t])[:, self._picked[t]] for t in wanted]
-            sums[key].add(_double(features[key]), np.concatenate(y, axis=1))
-        self.tokens += tokens.size
+            x = _double(features[key])
+            sums[key].add(x, np.concatenate(y, axis=1))
+        self.tokens += len(x)
 
     def whole(self, key: Key) -> Moments:
         """Of all batches."""
