@@ -17,8 +17,7 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.generation.draft import prefill
-from kvpred_mlx.generation.stream import announce_prompt
+from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 
@@ -50,7 +49,7 @@ class LoadedLM(MLXLM):
         if isinstance(self._model, KVPredictionModel):
             announce_prompt(self._model, tokens.size, options)
         cache = options.setdefault("prompt_cache", make_prompt_cache(self._model))
-        prefill(self._model, tokens[:-1], cache, **options)
+        process_prompt(self._model, tokens[:-1], cache, **options)
         logits = self._model(tokens[None, -1:], cache=cache)[:, -1]
         logprobs = nn.log_softmax(logits.astype(mx.float32))
         mx.eval(logprobs)

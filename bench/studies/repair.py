@@ -20,8 +20,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import dequantize_model
 
 from kvpred_mlx.bench.common.statistics import paired_ratio
+from kvpred_mlx.generation.chunks import announce_prompt
 from kvpred_mlx.generation.repair import BUDGET, RepairingModel
-from kvpred_mlx.generation.stream import announce_prompt
 from kvpred_mlx.pair.loading import load
 from kvpred_mlx.pair.model import KVPredictionModel
 
@@ -57,7 +57,7 @@ def answer(pair: KVPredictionModel, prompt: list[int], tokens: int, budget: floa
         times.append(time.perf_counter())
     logits = pair.base(mx.array([[*prompt, *found[:-1]]]))[0, len(prompt) - 1 :]
     exact: Any = mx.argmax(logits, axis=-1).tolist()
-    since = None if budget is None else model.progress.exact_from
+    since = None if budget is None else model.status.exact_from
     return Answer([a == b for a, b in zip(found, exact, strict=True)], since, times)
 
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.generation.stream import announce_prompt
+from kvpred_mlx.generation.chunks import announce_prompt
 from kvpred_mlx.pair import cpu_prefill
 from kvpred_mlx.pair.description import weight_bytes
 from kvpred_mlx.pair.model import KVPredictionModel

@@ -12,8 +12,7 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.server import ModelDescription, ModelProvider, ResponseGenerator
 
-from kvpred_mlx.generation.draft import NAME as AUXILIARY
-from kvpred_mlx.generation.draft import AuxiliaryDraft
+from kvpred_mlx.generation.draft import AUXILIARY, AuxiliaryDraft
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from mlx_lm.server import APIHandler
 
 from kvpred_mlx.errors import one_line
-from kvpred_mlx.generation.draft import NAME as AUXILIARY
+from kvpred_mlx.generation.draft import AUXILIARY
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.checks import RequestError, check_input, check_types
 from kvpred_mlx.serving.generator import PairGenerator
