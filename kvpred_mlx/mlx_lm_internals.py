@@ -17,6 +17,7 @@ USED: dict[str, dict[str, list[str] | None]] = {
     "mlx_lm.generate": {
         "generation_stream": None,
         "maybe_quantize_kv_cache": ["prompt_cache", "quantized_kv_start", "kv_group_size", "kv_bits"],
+        "str2bool": ["string"],  # cli/generate.py
         "speculative_generate_step": ["prompt", "model", "draft_model", "num_draft_tokens", "prompt_cache"],
     },
     # server.py and http_api.py: subclasses of the server's classes
