@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -205,18 +205,6 @@ def name_and_path(model: str | None, preset: str | None) -> tuple[str, Path | No
 
     path = find_pair(model or DEMO_PAIR)
     return path.name, path
-
-
-def numbers(option: str, given: list[str], least: int) -> list[int]:
-    """Comma lists and repeated options as one list of numbers, in order, without repeats."""
-    words = [word.strip() for text in given for word in text.split(",")]
-    bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) >= least)]
-    if bad:
-        raise typer.BadParameter(
-            f"{', '.join(map(repr, bad))}, expected numbers from {least} on, such as 512,2048",
-            param_hint=option,
-        )
-    return list(dict.fromkeys(map(int, words)))
 
 
 def set_device(device: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpred_mlx.cli import making
-from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
+from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, set_device
 from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.front.pareto import Data, Results, Settings
