@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import typer
 
+from kvpred_mlx.errors import one_line
 from kvpred_mlx.progress import ProgressCallback
 
 
@@ -33,11 +34,14 @@ def run(app: typer.Typer, program: str) -> NoReturn:
 def _report(error: Exception, program: str) -> int:
     """Print one line for `error` and return the exit code."""
     usage = getattr(error, "format_message", None)  # typer's own errors, in every version of it
-    message = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
-    known = usage or isinstance(error, OSError | ValueError | ImportError | MemoryError | ArithmeticError)
-    shown = message if known else f"{type(error).__name__}: {message}"
-    print(f"{program}: error: {shown}", file=sys.stderr)
-    return getattr(error, "exit_code", 1) if usage else 1
+    if usage is not None:
+        if told := " ".join(usage().split()):  # nothing where the help has been shown instead
+            print(f"{program}: error: {told}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    known = isinstance(error, OSError | ValueError | ImportError | MemoryError | ArithmeticError)
+    told = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    print(f"{program}: error: {told}", file=sys.stderr)
+    return 1
 
 
 def numbers(option: str, given: list[str], least: int) -> list[int]:

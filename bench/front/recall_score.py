@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 from kvpred_mlx.bench.common.statistics import share
 from kvpred_mlx.bench.front.recall import KINDS, Question, RecallTask
 from kvpred_mlx.making.quality import Prefill
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -25,7 +26,7 @@ def recalled(
     prefill: Prefill,
     asked: Sequence[Question],
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> list[bool]:
     """Whether the model that `prefill` gives answers each question greedily, every token of the answer right."""
     found: dict[int, bool] = {}

@@ -17,7 +17,8 @@ from kvpred_mlx.console import numbers, progress_bar
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from kvpred_mlx.bench.ttft.run import Results, Settings
+    from kvpred_mlx.bench.common.results import Results
+    from kvpred_mlx.bench.ttft.settings import BenchSettings
     from kvpred_mlx.pair.model import KVPredictionModel
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -80,11 +81,11 @@ def bench(
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
 
-    from kvpred_mlx.bench.common.results import check_new, write
-    from kvpred_mlx.bench.ttft.run import Settings
+    from kvpred_mlx.bench.ttft.files import check_new, write
     from kvpred_mlx.bench.ttft.run import bench as run_bench
+    from kvpred_mlx.bench.ttft.settings import BenchSettings
 
-    settings = Settings(lengths, batches, trials, max_tokens, steps, seed)
+    settings = BenchSettings(lengths, batches, trials, max_tokens, steps, seed)
     name, path = name_and_path(model, preset)
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
     check_new(folder)
@@ -123,7 +124,11 @@ def _show(results: Results, folder: Path, as_json: bool) -> None:
 
 
 def _load(
-    path: Path | None, preset: str | None, dtype: str | None, settings: Settings, prompt_file: Path | None
+    path: Path | None,
+    preset: str | None,
+    dtype: str | None,
+    settings: BenchSettings,
+    prompt_file: Path | None,
 ) -> tuple[KVPredictionModel, list[int] | None]:
     if path is None and prompt_file is not None:
         raise typer.BadParameter(
@@ -243,7 +248,7 @@ def _list_presets() -> None:
 def _compare(a: Path, b: Path) -> None:
     from rich.console import Console
 
-    from kvpred_mlx.bench.common.results import read
+    from kvpred_mlx.bench.ttft.files import read
     from kvpred_mlx.bench.ttft.report import compare, machine_line
 
     results = read(a), read(b)

@@ -15,7 +15,9 @@ from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
 from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.bench.front.pareto import Data, Results, Settings
+    from kvpred_mlx.bench.common.results import Results
+    from kvpred_mlx.bench.front.settings import FrontSettings
+    from kvpred_mlx.bench.front.text import Data
     from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -66,11 +68,11 @@ def pareto(
     shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
     set_device(device)
 
-    from kvpred_mlx.bench.front.pareto import Settings
+    from kvpred_mlx.bench.front.files import read, write
     from kvpred_mlx.bench.front.pareto import pareto as run
-    from kvpred_mlx.bench.front.report import read, write
+    from kvpred_mlx.bench.front.settings import FrontSettings
 
-    settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
+    settings = FrontSettings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
     documents = [] if data is None else making.read_held_out(data, text_key, all_documents)
@@ -128,9 +130,9 @@ def _load(
     preset: str | None,
     dtype: str | None,
     documents: list[str],
-    settings: Settings,
+    settings: FrontSettings,
 ) -> tuple[KVPredictionModel, str, Data | None]:
-    from kvpred_mlx.bench.front.pareto import Data
+    from kvpred_mlx.bench.front.text import Data
 
     name, path = name_and_path(pair, preset)
     model, tokenizer = load_pair(path, preset, dtype, settings.seed)
