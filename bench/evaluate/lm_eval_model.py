@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,13 +17,11 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.generation.draft import prefill
 from kvpred_mlx.generation.stream import announce_prompt
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
-
-if TYPE_CHECKING:
-    from kvpred_mlx.bench.evaluate.run import Settings
 
 
 class LoadedLM(MLXLM):
@@ -78,7 +76,7 @@ def known_tasks(names: list[str], include_path: Any = None) -> list[str]:
     return [name for name in names if name in manager.all_tasks]
 
 
-def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: Settings) -> dict[str, Any]:
+def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSettings) -> dict[str, Any]:
     """Run one of lm-eval's tasks: `scores` and standard `errors` by metric, and what prompts there were.
 
     Raises:

@@ -66,7 +66,8 @@ def evaluate(
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ImportError(f"eval needs {' and '.join(missing)}: pip install 'kvpred-mlx[eval]'")
-    from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
+    from kvpred_mlx.bench.evaluate.run import Evaluation
+    from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
     from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
     names = _words("--tasks", tasks)
@@ -83,7 +84,7 @@ def evaluate(
     _check_tasks(names, include_path)
     path = find_pair(pair or DEMO_PAIR)
     name = pair or path.name
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=names, modes=_words("--modes", modes), data=files, limit=limit, num_samples=num_samples, temp=temp,
         top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
         include_path=include_path, seed=seed,
