@@ -1,4 +1,4 @@
-"""A command in a terminal, whichever it is: failures in one line, number lists, a bar while it works."""
+"""A command in a terminal, whichever it is: what was given, failures in one line, a bar while it works."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -54,6 +55,15 @@ def numbers(option: str, given: list[str], least: int) -> list[int]:
             param_hint=option,
         )
     return list(dict.fromkeys(map(int, words)))
+
+
+def read_text(option: str, path: Path) -> str:
+    """The text of a file that was given with `option`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise typer.BadParameter(f"{path}: {reason}, expected a text file", param_hint=option) from error
 
 
 @contextmanager

@@ -1,18 +1,20 @@
-"""How studies and recipes are run: `python -m kvpred_mlx.bench.studies.NAME --help`, each a function with options."""
+"""How studies and recipes are run, each one function: `python -m kvpred_mlx.bench.studies.NAME --help`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx import console
-from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
-from kvpred_mlx.pair.model import KVPredictionModel
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from kvpred_mlx.pair.model import KVPredictionModel
 
 Model = Annotated[
     str | None,
@@ -23,10 +25,14 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 
-def run(command: Callable[..., None]) -> NoReturn:
-    """Run a function as the command line of its module, with the exit codes and the one-line errors of `kvpred-mlx`."""
+def run(command: Callable[..., None], pass_on: bool = False) -> NoReturn:
+    """Run a function as its module's command line, with the exit codes and one-line errors of `kvpred-mlx`.
+
+    Args:
+        pass_on: options that it does not know are arguments, for another command.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command(context_settings={"ignore_unknown_options": pass_on})(command)
     console.run(app, Path(sys.argv[0]).stem)
 
 
@@ -37,6 +43,8 @@ def open_pair(model: str | None) -> tuple[KVPredictionModel, TokenizerWrapper]:
         FileNotFoundError: no such directory, and no such repository could be fetched.
         ValueError: it is not a pair, or it has no tokenizer.
     """
+    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
+
     path = find_pair(model or DEMO_PAIR)
     pair, tokenizer = load(path)
     if tokenizer is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
-from kvpred_mlx.console import numbers, progress_bar
+from kvpred_mlx.console import numbers, progress_bar, read_text
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -135,7 +135,7 @@ def _load(
             "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
         )
     longest = max(settings.prompt_lens)
-    text = _read_text(prompt_file) if prompt_file else None
+    text = read_text("--prompt-file", prompt_file) if prompt_file else None
     pair, tokenizer = load_pair(path, preset, dtype, settings.seed)
     if text is None:
         return pair, None
@@ -185,16 +185,6 @@ def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
             param_hint="--prompt-lens",
         )
     return [f"the demo pair was made for {context} tokens: longer prompts show times only"] if over else []
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise typer.BadParameter(
-            f"{path}: {reason}, expected a text file", param_hint="--prompt-file"
-        ) from error
 
 
 def name_and_path(model: str | None, preset: str | None) -> tuple[str, Path | None]:
