@@ -1,4 +1,4 @@
-"""The recipe of the bundled pair, in miniature: every step, passing over what is done, and what it trains on."""
+"""The recipe of the bundled pair in miniature: every step, what is done already, what it trains on."""
 
 from __future__ import annotations
 

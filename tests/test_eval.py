@@ -274,7 +274,7 @@ def fails_at_the_end(result, *parts):
 
 
 def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
-    """The exact mode answers rightly, the predicted one half of the time: the scores and the retention say so."""
+    """The exact mode answers rightly, the predicted one half of the time: scores and retention say so."""
     answers = {"Question: Which": " mars", "Question: Who": " Bram Stoker"}
     right = {row["prompt"]: row["canonical_solution"] for row in ROWS["humaneval"]}
     pair, tokenizer = demo_pair

@@ -203,7 +203,7 @@ def test_recall_counts_answers_that_are_right_to_the_last_token():
     ]
 
     class Counts:
-        """After each token, that token and one makes the next: 5, 6, 7 after a prompt that ends with 3 or 4."""
+        """After each token comes that token and one: 5, 6, 7 after a prompt that ends with 3 or 4."""
 
         def __call__(self, inputs, cache):
             following = mx.where(inputs < 5, 5, inputs + 1)
@@ -227,8 +227,11 @@ def test_recall_by_kind_and_depth(demo_pair, data):
 def test_command(run, tmp_path):
     text, out = tmp_path / "text.py", tmp_path / "out"
     text.write_text(TEXT)
-    options = ["--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
-               "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents", "--output-dir", out]  # fmt: skip
+    options = [
+        "--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
+        "--windows", 2, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents",
+        "--output-dir", out,
+    ]  # fmt: skip
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
     assert sorted(f.name for f in out.iterdir()) == ["front.png", "pareto.png", "results.csv", "results.json"]

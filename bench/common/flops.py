@@ -1,13 +1,13 @@
 """Floating-point operations until the first token, counted on the graph that MLX would evaluate.
 
-A multiply-add counts 2.  Counted are matrix products: projections, experts, the vocabulary, and attention's two
-products; embeddings, norms, RoPE and activations are free.  Because the graph holds only what the asked-for
-arrays depend on, prediction is charged for nothing that is never evaluated, and a mixture of experts only for
-the experts that are active.
+A multiply-add counts 2.  Counted are matrix products: projections, experts, the vocabulary, and attention's
+two products; embeddings, norms, RoPE and activations are free.  Because the graph holds only what the
+asked-for arrays depend on, prediction is charged for nothing that is never evaluated, and a mixture of
+experts only for the experts that are active.
 
 Attention is counted causally: the cost of a prompt is the sum of the costs of its tokens, each processed by
-itself after the tokens before it.  That cost is a piecewise linear function of the position (sliding windows make
-the pieces), so a few positions are traced and the rest follows.
+itself after the tokens before it.  That cost is a piecewise linear function of the position (sliding windows
+make the pieces), so a few positions are traced and the rest follows.
 """
 
 from __future__ import annotations

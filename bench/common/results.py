@@ -24,7 +24,7 @@ def begin(
     command: Sequence[str] = ("kvpred-mlx",),
     **own: Any,
 ) -> Results:
-    """What every results dictionary has: what was measured, when, where, and by which command; not `complete` yet.
+    """The beginning of all results: what is measured, when, where, and by which command; not `complete` yet.
 
     Args:
         schema: of this kind of results; it changes when a name or a meaning does.

@@ -1,10 +1,10 @@
-"""Runs one candidate program and says how it went; `sandbox.run` starts it in a process and a folder of its own.
+"""Runs one candidate program and says how it went; `sandbox.run` starts it, in a folder of its own.
 
 Standard library only, in isolated mode.  Limits are set, and doors are closed, before the candidate's code is
-run: processor time, memory, file sizes; on Linux a network namespace without interfaces and a Landlock ruleset
-that allows no writing outside the folder, where the kernel has them; and everywhere an audit hook, which cannot
-be taken off again from Python, against network, processes, signals and files outside the folder.  It guards
-against a model's accidents, not against an attacker.
+run: processor time, memory, file sizes; on Linux a network namespace without interfaces and a Landlock
+ruleset that allows no writing outside the folder, where the kernel has them; and everywhere an audit hook,
+which cannot be taken off again from Python, against network, processes, signals and files outside the folder.
+It guards against a model's accidents, not against an attacker.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 # Audit events that begin like this: never allowed, and allowed for paths in the candidate's folder.
 FORBIDDEN = (
     "socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn",
-    "os.kill", "os.startfile", "pty.", "signal.", "urllib.", "http.", "ftplib.", "smtplib.", "sqlite3.", "mmap.",
-    "resource.", "os.chroot", "os.set_inheritable", "code.__new__",
+    "os.kill", "os.startfile", "pty.", "signal.", "urllib.", "http.", "ftplib.", "smtplib.", "sqlite3.",
+    "mmap.", "resource.", "os.chroot", "os.set_inheritable", "code.__new__",
 )  # fmt: skip
 PATHS = (
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.link",
-    "os.symlink", "os.utime", "os.chflags", "os.lockf", "os.setxattr", "os.removexattr", "os.mkfifo", "os.mknod",
-    "shutil.", "tempfile.",
+    "os.symlink", "os.utime", "os.chflags", "os.lockf", "os.setxattr", "os.removexattr", "os.mkfifo",
+    "os.mknod", "shutil.", "tempfile.",
 )  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000

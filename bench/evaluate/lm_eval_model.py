@@ -27,8 +27,8 @@ from kvpred_mlx.pair.modes import Mode
 class LoadedLM(MLXLM):
     """mlx-lm's model class for a model that is loaded already.
 
-    A context is processed as a prompt is: its last token by itself, so that a pair's is exact, and what is scored
-    after it by the base.  mlx-lm would send the context whole.
+    A context is processed as a prompt is: its last token by itself, so that a pair's is exact, and what is
+    scored after it by the base.  mlx-lm would send the context whole.
 
     Args:
         model: a pair, in the mode that it is in, or a model of its own.

@@ -13,10 +13,11 @@ from kvpred_mlx.bench.common.results import Results, write_file, write_json
 
 
 def table(results: Results) -> Table:
-    """Scores with 95 % intervals, what is left of the exact mode's, FLOPs and seconds until the first token."""
+    """Scores with 95 % intervals, their share of the exact mode's, FLOPs and seconds to the first token."""
     made = Table(
         title=f"{results['pair']['name']}, {results['pair']['dtype']}",
-        caption="with 95 % intervals; kept: share of the exact score\nGFLOPs, s: until the first token, mean and median",
+        caption="with 95 % intervals; kept: share of the exact score\n"
+        "GFLOPs, s: until the first token, mean and median",
         box=box.SIMPLE_HEAD,
     )
     for name in ("", "items", "score %", "kept %", "GFLOPs", "s"):

@@ -1,7 +1,7 @@
 """The methods of the Pareto front: the dial at several settings, and what people use today.
 
-Each method is a `Prefill` of `kvpred_mlx.making.quality` and the FLOPs of its first token.  A *budget* is the share of the prompt that the base processes exactly, or
-of its layers that are kept.
+Each method is a `Prefill` of `kvpred_mlx.making.quality` and the FLOPs of its first token.  A *budget* is the
+share of the prompt that the base processes exactly, or of its layers that are kept.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Method:
         prefill: of a pair at a budget.
         flops: of a pair, a prompt of so many tokens, and a budget.
         budgets: whether the budget means anything.
-        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens anywhere),
-            `drop` (leave some out).
+        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens
+            anywhere), `drop` (leave some out).
     """
 
     title: str
@@ -67,7 +67,7 @@ def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
 
 
 def pruned(model: nn.Module, share: float) -> nn.Module:
-    """A model with `share` of the layers, evenly spread, first and last among them; the weights are shared."""
+    """A model with `share` of the layers, spread evenly, first and last among them; weights are shared."""
     arrays = dict(tree_flatten(model.parameters())).values()
     made = copy.deepcopy(model, {id(array): array for array in arrays})
     count, total = max(2, ceil(share * len(model.layers))), len(model.layers)
@@ -133,8 +133,8 @@ METHODS: dict[str, Method] = {
     "sparse-top": _sparse("sparse prefill: top", _top),
     "sparse-both": _sparse("sparse prefill: 4 first, last and top", _both),
     "last-only": Method(
-        "the last tokens only", lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept,
-        needs=("drop",),
+        "the last tokens only",
+        lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept, needs=("drop",),
     ),
     "random": Method(
         "random tokens only",

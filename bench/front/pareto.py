@@ -1,8 +1,8 @@
 """The Pareto front: quality of every method at every budget against FLOPs and measured TTFT, resumable.
 
-A *cell* is a method at a budget and a prompt length.  For each length the cells are scored on real text, then on
-recall, then timed, trials interleaved; the results are complete after each of these steps, so that an interrupted
-run goes on where it stopped.
+A *cell* is a method at a budget and a prompt length.  For each length the cells are scored on real text, then
+on recall, then timed, trials interleaved; the results are complete after each of these steps, so that an
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def pareto(
         finished: called with the results so far after every step.
 
     Raises:
-        ValueError: a prompt is too short to be predicted; `before` is of another pair, other settings or another
-            text; or no document is long enough.
+        ValueError: a prompt is too short to be predicted; `before` is of another pair, other settings or
+            another text; or no document is long enough.
         KeyboardInterrupt: passed on.
     """
     short = [n for n in settings.prompt_lens if n <= pair.min_prompt_tokens]
@@ -136,7 +136,7 @@ class _Front:
         self.finished(self.results)
 
     def recall(self, n: int, data: Data) -> None:
-        """Recall of facts planted in the text, cell by cell; a warning where the prompts are too short for it."""
+        """Recall of facts planted in the text, cell by cell; a warning where prompts are too short for it."""
         settings, cells = self.settings, self._cells(n)
         if not settings.questions:
             return

@@ -1,7 +1,8 @@
 """Recall: facts planted in real text at chosen depths, and asked for at the end.
 
-Two kinds: `key-value` (the code of one of several names) and `passkey` (one number).  The text is lines of code
-or prose; facts are lines of their own, written as comments, so that a base trained on source code can do it.
+Two kinds: `key-value` (the code of one of several names) and `passkey` (one number).  The text is lines of
+code or prose; facts are lines of their own, written as comments, so that a base trained on source code can do
+it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class RecallTask:
         return Question(ids, self._encode(f" {value}"), kind, depth)
 
     def row(self, tokens: int) -> list[int]:
-        """`tokens` ids to train on: every fact stands several times, so that it can be recalled from its second time on.
+        """`tokens` ids to train on: facts stand several times, and can be recalled from the second time on.
 
         Raises:
             ValueError: the facts alone have more tokens, or the text is too short.

@@ -28,7 +28,7 @@ def recalled(
     batch_size: int = 8,
     progress: ProgressCallback = no_progress,
 ) -> list[bool]:
-    """Whether the model that `prefill` gives answers each question greedily, every token of the answer right."""
+    """Whether the model that `prefill` gives answers each question greedily, every token of it right."""
     found: dict[int, bool] = {}
     length = lambda i: len(asked[i].answer)
     for _, group in groupby(sorted(range(len(asked)), key=length), length):
@@ -36,7 +36,7 @@ def recalled(
             prompts = mx.array([asked[i].prompt for i in batch])
             answers = mx.array([asked[i].answer for i in batch])
             model, cache = prefill(prompts)
-            # Greedy decoding gives the answer exactly if each token of it is the most likely one after those before.
+            # Greedy decoding gives the answer if each token of it is the most likely one after those before.
             logits = model(mx.concatenate([prompts[:, -1:], answers[:, :-1]], axis=1), cache=cache)
             right: Any = mx.all(mx.argmax(logits, axis=-1) == answers, axis=1).tolist()
             found |= dict(zip(batch, right, strict=True))

@@ -1,7 +1,7 @@
 """Token dropping: a base's cache that holds some of a prompt's tokens only, at their own positions.
 
-The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole prompt, and attend to
-one another alone; whatever comes later stands at its own position too.
+The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole
+prompt, and attend to one another alone; whatever comes later stands at its own position too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The whole recipe of the bundled pair: `make demo-pair MINUTES=60`.
 
-Corpus, tokenizer, base and auxiliary (each in three lessons: text, looking back, recall), fit, joint training,
-quantization, figures and model card.  Every step leaves a file or a folder and is passed over if that is there,
-training resumes from its last state, and the minutes are shared out among the trainings: the same recipe on CPU,
-Metal or CUDA.
+Corpus, tokenizer, base and auxiliary (each in three lessons: text, looking back, recall), fit, joint
+training, quantization, figures and model card.  Every step leaves a file or a folder and is passed over if
+that is there, training resumes from its last state, and the minutes are shared out among the trainings: the
+same recipe on CPU, Metal or CUDA.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ PROMPT_TOKENS = (192, 448)  # of the figures on the card
 BITS, GROUP_SIZE = 8, 32
 PROMPT = DEMO_PAIR / "prompt.txt"
 MADE = (
-    "A demonstration that is small enough to ship: it writes Python-shaped text, no more. `make demo-pair` is the "
-    "whole recipe: corpus (the source of CPython's standard library, PSF licence, held-out modules left out, and "
-    "rows with facts planted to be recalled), SentencePiece tokenizer, base and auxiliary (Muon), closed-form fit, "
-    "joint training, quantization."
+    "A demonstration that is small enough to ship: it writes Python-shaped text, no more. `make demo-pair` "
+    "is the whole recipe: corpus (the source of CPython's standard library, PSF licence, held-out modules "
+    "left out, and rows with facts planted to be recalled), SentencePiece tokenizer, base and auxiliary "
+    "(Muon), closed-form fit, joint training, quantization."
 )
 SHARES = {  # of the minutes, for each training
     "base-text": 0.35,

@@ -1,8 +1,8 @@
-"""What to predict from, with which layer map, fitted or trained: `python -m kvpred_mlx.bench.studies.compare_sources`.
+"""What to predict from, with which map: `python -m kvpred_mlx.bench.studies.compare_sources`.
 
 Works in the folder of `make demo-pair`, on its base, auxiliary, training rows and held-out modules.  Every
-variant is fitted on the same tokens and, where it is trained, trained on the same batches; times are taken side
-by side.  Fitted and trained variants are kept in the folder, so an interrupted comparison goes on.
+variant is fitted on the same tokens and, where it is trained, trained on the same batches; times are taken
+side by side.  Fitted and trained variants are kept in the folder, so an interrupted comparison goes on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the auxiliary gives as a draft: `python -m kvpred_mlx.bench.studies.draft --num-draft-tokens 1,3,5`.
 
 Generates greedily from one prompt without a draft and with it, one after the other in every trial, and prints
-the share of drafted tokens that the base accepted, decode speed (between the first token and the last), and the
-median of the speed's ratio to that without a draft, trial by trial.
+the share of drafted tokens that the base accepted, decode speed (between the first token and the last), and
+the median of the speed's ratio to that without a draft, trial by trial.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What repair behind the first token gives and costs: `python -m kvpred_mlx.bench.studies.repair --data TEXT`.
+"""What repair behind the first token gives: `python -m kvpred_mlx.bench.studies.repair --data TEXT`.
 
 Greedy answers to prompts of real text, with and without repair.  Agreement at a position: the token that was
 generated there is what the exact base gives after the same prompt and the same tokens before.  Decode speed:

@@ -1,9 +1,9 @@
 """Many short requests from many clients to `kvpred-mlx serve`: `python -m kvpred_mlx.bench.studies.soak`.
 
-Starts the server on a free port of 127.0.0.1, sends the requests, and prints one line of JSON: how many answers
-were lost, how many came per second, and the server's resident memory once it is warm (after a fifth of the
-requests), at most, and at the end.  Every tenth request asks for exact prompts, so that the server changes its
-mode under load.
+Starts the server on a free port of 127.0.0.1, sends the requests, and prints one line of JSON: how many
+answers were lost, how many came per second, and the server's resident memory once it is warm (after a fifth
+of the requests), at most, and at the end.  Every tenth request asks for exact prompts, so that the server
+changes its mode under load.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def model_of(pair: KVPredictionModel, mode: str) -> nn.Module:
 
 
 def generate(model: nn.Module, tokens: mx.array, step_size: int, max_tokens: int) -> Trial:
-    """Generate greedily from `tokens` [B, n] as mlx-lm does: `generate_step` for one row, else its batches."""
+    """Generate greedily from `tokens` [B, n] as mlx-lm does: `generate_step` for one row, or its batches."""
     resident = mx.get_active_memory()
     mx.reset_peak_memory()
     clock = _Clock()

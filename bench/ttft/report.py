@@ -1,4 +1,4 @@
-"""Results for people: tables for the terminal, rows for CSV, Markdown for the README, and what to be wary of."""
+"""A bench for people: tables for the terminal, rows for CSV, Markdown, and what to be wary of."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def remarks(results: Results) -> list[str]:
     for shape in results["skipped"]:
         needed, free = (shape[k] / 1e9 for k in ("estimated_bytes", "available_bytes"))
         lines.append(
-            f"skipped: {_size(shape)}: {shape['reason']}: about {needed:.1f} GB beside the weights, {free:.1f} GB free"
+            f"skipped: {_size(shape)}: {shape['reason']}: about {needed:.1f} GB beside the weights, "
+            f"{free:.1f} GB free"
         )
     return lines if results["complete"] else [*lines, "interrupted: these are the shapes that were finished"]
 

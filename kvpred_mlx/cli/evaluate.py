@@ -85,8 +85,8 @@ def evaluate(
     path = find_pair(pair or DEMO_PAIR)
     name = pair or path.name
     settings = EvaluationSettings(
-        tasks=names, modes=_words("--modes", modes), data=files, limit=limit, num_samples=num_samples, temp=temp,
-        top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
+        tasks=names, modes=_words("--modes", modes), data=files, limit=limit, num_samples=num_samples,
+        temp=temp, top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
         include_path=include_path, seed=seed,
     )  # fmt: skip
     folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{path.name}")
