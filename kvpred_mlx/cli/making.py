@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvpred_mlx.cli.opening import open_pair
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.making.data import PackedSequences

@@ -11,8 +11,7 @@ import typer
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair
-from kvpred_mlx.cli.progress import progress_bar
-from kvpred_mlx.cli.values import numbers
+from kvpred_mlx.console import numbers, progress_bar
 
 
 def quality(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,10 +30,11 @@ SELECTION_SHARE = 0.1  # of the batches choose the layer map, and are read again
 SELECTION_COLUMNS = 64  # of each layer's keys and values are looked at for that
 SAVE_SECONDS = 60.0
 PARTS = ("keys", "values")
+P = TypeVar("P", Predictor, FirstLayersPredictor)
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Generic[P]):
     """A fitted predictor.
 
     Args:
@@ -43,7 +45,7 @@ class Fit:
         ridges: that were chosen, likewise; 0 there.
     """
 
-    predictor: Predictor | FirstLayersPredictor
+    predictor: P
     tokens: int
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
     ridges: dict[str, list[float]] = field(default_factory=dict)
@@ -56,7 +58,7 @@ def fit(
     settings: FitSettings,
     progress: ProgressCallback = no_progress,
     folder: Path | None = None,
-) -> Fit:
+) -> Fit[Predictor]:
     """Fit the predictor of two models in one pass over the data, and a short one before it if the layer map is auto.
 
     Args:
@@ -92,7 +94,7 @@ def fit_first_layers(
     settings: FitSettings,
     progress: ProgressCallback = no_progress,
     folder: Path | None = None,
-) -> Fit:
+) -> Fit[FirstLayersPredictor]:
     """Fit maps from what a base's own layers at `depths` read to the keys and values behind them, in one pass.
 
     Arguments and errors as those of `fit`; `settings.source` and `settings.layer_map` have no meaning here.
@@ -111,7 +113,7 @@ def fit_recorded(
     windows: Sequence[int],
     ridge: float | None = None,
     progress: ProgressCallback = no_progress,
-) -> Iterator[Fit]:
+) -> Iterator[Fit[FirstLayersPredictor]]:
     """As `fit_first_layers` from recorded windows: a fit for each number of windows in `windows`, ascending."""
     recorder = RecordedFirstLayers(base, depths, recording)
     sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
@@ -222,7 +224,7 @@ class _Solution:
                 weight, bias = on_all.solve(whole.of_targets(columns), best[1])
                 self.maps[key, target] = mx.array(weight, mx.float32), mx.array(bias, mx.float32)
 
-    def fit(self, predictor: Predictor | FirstLayersPredictor, layers: int) -> Fit:
+    def fit(self, predictor: P, layers: int) -> Fit[P]:
         """What is known of a predictor that was made of the maps."""
 
         def by_layer(values: dict[tuple[Key, Target], float], own: float) -> dict[str, list[float]]:

@@ -21,15 +21,17 @@ Maps = dict[tuple[Key, Target], tuple[mx.array, mx.array]]  # weight and bias
 
 
 class Recorder(Protocol):
-    """A forward pass that gives features and targets.
+    """A forward pass that gives features and targets."""
 
-    Args:
-        widths: of every feature array.
-        target_widths: of every target.
-    """
+    @property
+    def widths(self) -> Mapping[Key, int]:
+        """Of every feature array."""
+        ...
 
-    widths: Mapping[Key, int]
-    target_widths: Mapping[Target, int]
+    @property
+    def target_widths(self) -> Mapping[Target, int]:
+        """Of every target."""
+        ...
 
     def record(self, batch: Any) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
         """Features and targets of a batch (tokens [B, L], or windows of a recording), `[B, L, width]` each, lazy."""

@@ -67,6 +67,11 @@ class PairParts(nn.Module):
         return self.reader.importance
 
     @property
+    def heard_layers(self) -> int | None:
+        """How many attention layers of the reader are there to be listened to (None: all)."""
+        return self.reader.depth if isinstance(self.reader, FirstLayersReader) else None
+
+    @property
     def auxiliary_taps(self) -> KVTaps:
         """Those of the auxiliary."""
         return self.auxiliary_reader.taps
@@ -83,6 +88,11 @@ class PairParts(nn.Module):
         raise UnsupportedModelError(
             "the pair reads with its base's first layers, so it has no auxiliary model"
         )
+
+    @property
+    def auxiliary_model(self) -> nn.Module:
+        """The auxiliary, where there must be one (see `auxiliary_reader`)."""
+        return self.auxiliary_taps.model
 
     @property
     def first_layers_reader(self) -> FirstLayersReader | None:
