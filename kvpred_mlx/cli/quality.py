@@ -36,7 +36,7 @@ def quality(
 ) -> None:
     """Continue real text from exact and predicted prompt caches, and compare."""
     from kvpred_mlx.cli import making
-    from kvpred_mlx.console import numbers
+    from kvpred_mlx.cli.bench import numbers
     from kvpred_mlx.making.data import encode
     from kvpred_mlx.making.quality import cut_windows, measure
     from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
