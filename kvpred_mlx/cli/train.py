@@ -66,7 +66,7 @@ def train(
         bool,
         typer.Option(
             "--as-used",
-            help="Train the predictor alone, as a cache is used: prompt predicted, answer exact, from recorded windows.",
+            help="Train the predictor alone as a cache is used: prompt predicted, answer exact, on recorded windows.",
         ),
     ] = False,
     record: o.RecordFolder = None,

@@ -95,8 +95,8 @@ def _range(values: list[float]) -> str:
 
 
 _LEGEND = (
-    "Real text continued by the base after an exact prompt cache and after the predicted one, by the auxiliary alone, and "
-    "by the base without the prompt. Cross-entropy in nats per token and per byte; agreement: same most likely token "
-    "as the exact base; retention: (no prompt - mode) / (no prompt - exact) in cross-entropy; means over documents with "
-    "95 % bootstrap intervals."
+    "Real text continued by the base after an exact prompt cache and after the predicted one, by the auxiliary alone, "
+    "and by the base without the prompt. Cross-entropy in nats per token and per byte; agreement: same most likely "
+    "token as the exact base; retention: (no prompt - mode) / (no prompt - exact) in cross-entropy; means over "
+    "documents with 95 % bootstrap intervals."
 )

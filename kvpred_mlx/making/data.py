@@ -31,10 +31,10 @@ def check_paths(paths: Sequence[Path]) -> None:
 def read_documents(path: Path, text_key: str = "text", tokenizer: Any = None) -> Iterator[str]:
     """The documents of a file or of all files below a directory, in order of their paths.
 
-    A `.jsonl` file has a document a line: a text under `text_key`, or a conversation under `messages`, which becomes text
-    by the tokenizer's chat template, as in mlx-lm's own training.  Any other file is a text.  A document of more than
-    `DOCUMENT_CHARACTERS` is cut at line ends into several, so that one long text can be split too.  Hidden files and
-    empty documents are passed over.
+    A `.jsonl` file has a document a line: a text under `text_key`, or a conversation under `messages`, which becomes
+    text by the tokenizer's chat template, as in mlx-lm's own training.  Any other file is a text.  A document of more
+    than `DOCUMENT_CHARACTERS` is cut at line ends into several, so that one long text can be split too.  Hidden files
+    and empty documents are passed over.
 
     Raises:
         FileNotFoundError: `path` is not there.

@@ -18,7 +18,10 @@ from kvpred_mlx.pair.model import MIN_PROMPT_TOKENS, KVPredictionModel, ModelArg
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
-SAMPLE = "def naïve(x): return x[1:]  # 3.14 + 2718 → “quoted”, 日本語, \t\n\nOnce upon a time, there were 12,345 words."
+SAMPLE = (
+    "def naïve(x): return x[1:]  # 3.14 + 2718 → “quoted”, 日本語, \t\n\n"
+    "Once upon a time, there were 12,345 words."
+)
 
 
 @dataclass(frozen=True)
