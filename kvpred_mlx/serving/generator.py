@@ -119,7 +119,7 @@ class PairGenerator(ResponseGenerator):
                 self.requests.fail(error)
 
 
-class _Requests(Queue):
+class _Requests(Queue[tuple[Any, ...]]):
     """Requests on their way to the generation thread; it remembers who waits for an answer."""
 
     def __init__(self) -> None:
