@@ -41,11 +41,18 @@ bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="
 readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md and docs/dial.md
 	$(BIN)/python -m kvpred_mlx.bench.readme README.md docs/dial.md
 
-convert: setup $(DEV)  ## CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
-	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || \
-	  { echo "usage: make convert CHECKPOINT=model.pt CONFIG=model.yaml [TOKENIZER=tokenizer.model] OUT=dir [ARGS=..]" >&2; exit 2; }
+convert: setup $(DEV)  ## an example, or CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
+ifeq ($(CHECKPOINT)$(CONFIG)$(TOKENIZER)$(OUT),)
+	$(BIN)/kvpred-mlx convert --checkpoint $(EXAMPLE)/checkpoint.pt --config $(EXAMPLE)/config.yaml \
+	  --mlx-path build/example-pair --overwrite $(ARGS)
+	$(BIN)/kvpred-mlx info --model build/example-pair
+	@echo "build/example-pair is the tests' tiny example: random weights, no tokenizer. Your own checkpoint:"
+	@echo '  make convert $(CONVERT_USAGE)'
+else
+	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || { echo 'usage: make convert $(CONVERT_USAGE)' >&2; exit 2; }
 	$(BIN)/kvpred-mlx convert --checkpoint "$(CHECKPOINT)" $(if $(CONFIG),--config "$(CONFIG)") \
 	  $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") --mlx-path "$(OUT)" $(ARGS)
+endif
 
 # The Linux wheel of mlx[cpu] carries a reference BLAS, 20 to 80 times slower than OpenBLAS.
 openblas:
@@ -79,6 +86,8 @@ $(DEV): $(RUNTIME)
 
 comma := ,
 SHORT_BENCH := --prompt-lens 128,512 --trials 3
+EXAMPLE := tests/data/golden_tiny
+CONVERT_USAGE := CHECKPOINT=model.pt CONFIG=model.yaml [TOKENIZER=tokenizer.model] OUT=dir [ARGS="-q --q-bits 8"]
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

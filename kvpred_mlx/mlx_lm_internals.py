@@ -19,7 +19,8 @@ VERSIONS = "mlx-lm>=0.32,<0.33"
 
 # By module: a function, class, method or attribute, and the parameters that are counted on.
 USED: dict[str, dict[str, str]] = {
-    # generation/: processing a prompt, and speculative decoding after it; bench/ttft/: mlx-lm's own generation
+    # generation/: processing a prompt, and speculative decoding after it; cli/generate.py: a flag's type;
+    # bench/ttft/: mlx-lm's own generation
     "mlx_lm.generate": {
         "BatchGenerator": "model max_tokens sampler prefill_step_size",
         "BatchGenerator.close": "",
@@ -38,6 +39,7 @@ USED: dict[str, dict[str, str]] = {
         "generate_step": "prompt model max_tokens sampler prompt_cache prefill_step_size",
         "generation_stream": "",
         "maybe_quantize_kv_cache": "prompt_cache quantized_kv_start kv_group_size kv_bits",
+        "str2bool": "string",
     },
     # pair/: the families' classes and configs; taps/attention.py: what stands in attention's place
     "mlx_lm.models.base": {
@@ -88,6 +90,7 @@ USED: dict[str, dict[str, str]] = {
         "RotatingKVCache.max_size": "",
         "can_trim_prompt_cache": "cache",
         "create_attention_mask": "N offset return_array window_size",
+        "load_prompt_cache": "file_name return_metadata",  # finds the classes of saved entries by name
         "make_prompt_cache": "model max_kv_size",
         "trim_prompt_cache": "cache num_tokens",
     },
@@ -140,7 +143,10 @@ USED: dict[str, dict[str, str]] = {
         "stream_generate": "model tokenizer prompt max_tokens draft_model",
     },
     # wherever a tokenizer is wrapped or named
-    "mlx_lm.tokenizer_utils": {"TokenizerWrapper": "tokenizer"},
+    "mlx_lm.tokenizer_utils": {
+        "TokenizerWrapper": "tokenizer",
+        "TokenizerWrapper.has_chat_template": "",
+    },
     # pair/, making/, convert/: models and tokenizers on disk; serving/ and cli/: memory
     "mlx_lm.utils": {
         "DEFAULT_ALLOW_PATTERNS": "",
@@ -187,8 +193,6 @@ BEHIND: dict[str, dict[str, str]] = {
     "mlx_lm.generate": {
         "speculative_generate_step": "prompt model draft_model num_draft_tokens prompt_cache"
     },
-    # pair/auxiliary_cache.py: finds the classes of saved entries by name
-    "mlx_lm.models.cache": {"load_prompt_cache": "file_name"},
     # bench/evaluate/lm_eval_model.py: scores through what is overridden
     "mlx_lm.evaluate": {"MLXLM.loglikelihood": "requests"},
 }

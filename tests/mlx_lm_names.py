@@ -112,11 +112,13 @@ class SourceFile:
             yield name, _keywords(node)
 
     def _arguments_read(self, node: ast.FunctionDef) -> Iterator[tuple[str, set[str]]]:
-        """Attributes of arguments that are annotated with a class of mlx-lm's."""
+        """Attributes of arguments that are annotated with a class of mlx-lm's, but for what a wrapper passes on."""
         annotated = {a.arg: self._meaning(a.annotation) for a in node.args.args if a.annotation is not None}
         for m in ast.walk(node):
             name = annotated.get(getattr(m.value, "id", "")) if isinstance(m, ast.Attribute) else None
-            if name is not None:
+            if name is not None and (
+                m.attr in attributes(value(name)) or not hasattr(value(name), "__getattr__")
+            ):
                 yield f"{name}.{m.attr}", set()
 
     def _set_by_name(self, node: ast.Call) -> Iterator[tuple[str, set[str]]]:

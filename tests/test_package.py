@@ -59,17 +59,3 @@ def test_installed_wheel(wheel, tmp_path):
     # -P: the repository's own folders must not be what is found.
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True)
     assert sorted(p.name for p in site.iterdir() if p.suffix != ".dist-info") == ["bin", "kvpred_mlx"]
-
-
-def test_readme_commands_exist():
-    text = (ROOT / "README.md").read_text()
-    helped = subprocess.run(
-        [sys.executable, "-m", "kvpred_mlx", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    commands = {
-        line.split("kvpred-mlx ")[1].split()[0]
-        for line in text.splitlines()
-        if line.strip().startswith("kvpred-mlx ")
-    }
-    assert commands
-    assert all(command in helped for command in commands), commands

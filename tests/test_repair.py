@@ -296,7 +296,7 @@ def test_the_benchs_table():
 def test_the_benchs_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n\n" * 40)
-    bench.main(str(DEMO_PAIR), text, prompt_tokens=64, max_tokens=8, prompts=2, budget=1, dequantize=True)
+    bench.main(text, str(DEMO_PAIR), prompt_tokens=64, max_tokens=8, prompts=2, budget=1, dequantize=True)
     assert capsys.readouterr().out.startswith("2 prompts of 64 tokens, budget 1\n")
     with pytest.raises(typer.BadParameter, match="expected at least 5000"):
-        bench.main(str(DEMO_PAIR), text, prompt_tokens=5000)
+        bench.main(text, str(DEMO_PAIR), prompt_tokens=5000)

@@ -60,7 +60,10 @@ def pretrain(
     begin: Path | None = None,
     short: float = SHORT_SHARE,
 ) -> nn.Module:
-    """A model of `config`, trained from random weights or the model in `begin`; a state in `folder` is resumed from."""
+    """A model of `config`, trained from random weights or the model in `begin`.
+
+    A state in `folder` is resumed from.
+    """
 
     def trainer(rows: PackedSequences, settings: TrainingSettings, states: Path | None) -> Trainer:
         model = load_part(str(begin)).model if begin else new_model(config, settings.seed)
@@ -94,8 +97,10 @@ def run(
 
 
 def new_model(config: dict[str, Any], seed: int) -> nn.Module:
-    """Random weights; branches begin at zero, so that a new model passes its input through, and embeddings are
-    small, so that it does not yet expect its input again."""
+    """Random weights for a model that passes its input through and does not expect it again.
+
+    Branches begin at zero, and embeddings are small.
+    """
     mx.random.seed(seed)
     model = build_model(config)
     for name, module in model.named_modules():

@@ -2,68 +2,122 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli.opening import open_pair
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.making.data import PackedSequences
     from kvpred_mlx.making.pairing import LoadedModel
     from kvpred_mlx.making.quality import Quality
+    from kvpred_mlx.making.settings import FitSettings
     from kvpred_mlx.pair.model import KVPredictionModel
 
-Data = Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")]
-TextKey = Annotated[str, typer.Option(help="Where a JSONL line has its text.")]
-Base = Annotated[str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")]
-Auxiliary = Annotated[str | None, typer.Option(help="The small model that reads the prompt.")]
-AuxiliaryLayers = Annotated[
-    str | None,
-    typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
-]
-MlxPath = Annotated[Path, typer.Option(help="The directory to make.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")]
-UploadRepo = Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")]
-AllDocuments = Annotated[
-    bool,
-    typer.Option(
-        "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
-    ),
-]
-Dequantize = Annotated[
-    bool,
-    typer.Option(
-        "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
-    ),
-]
+
+@dataclass(frozen=True)
+class TwoModels:
+    """The models that a pair is made of, as options name them: `auxiliary`, or `layers` of the base in its place."""
+
+    base: str | None
+    auxiliary: str | None
+    layers: str | None
+
+    def __bool__(self) -> bool:
+        return any((self.base, self.auxiliary, self.layers))
+
+    def load(self) -> tuple[LoadedModel, LoadedModel]:
+        """Both of them, with the same tokenizer."""
+        from kvpred_mlx.making.layer_maps import kept_layers
+        from kvpred_mlx.making.pairing import check_same_tokenizer, keep_layers, load_part
+
+        if self.base is None:
+            raise typer.BadParameter(
+                "missing, expected a directory or a Hugging Face repo", param_hint="--base"
+            )
+        if (self.auxiliary is None) == (self.layers is None):
+            given = "neither" if self.auxiliary is None else "both"
+            raise typer.BadParameter(
+                f"{given} given, expected one of the two", param_hint="--auxiliary / --auxiliary-layers"
+            )
+        first = load_part(self.base)
+        if self.layers is not None:
+            try:
+                kept = kept_layers(self.layers, len(first.model.layers))
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--auxiliary-layers") from error
+            return first, keep_layers(first, kept)
+        second = load_part(str(self.auxiliary))
+        check_same_tokenizer(first, second)
+        return first, second
 
 
-def load_models(
-    base: str | None, auxiliary: str | None, layers: str | None
-) -> tuple[LoadedModel, LoadedModel]:
-    """The two models that the options name, with the same tokenizer."""
-    from kvpred_mlx.making.layer_maps import kept_layers
-    from kvpred_mlx.making.pairing import check_same_tokenizer, keep_layers, load_part
+@dataclass
+class Begun:
+    """A pair before it is saved.
 
-    if base is None:
-        raise typer.BadParameter("missing, expected a directory or a Hugging Face repo", param_hint="--base")
-    if (auxiliary is None) == (layers is None):
-        given = "neither" if auxiliary is None else "both"
-        raise typer.BadParameter(
-            f"{given} given, expected one of the two", param_hint="--auxiliary / --auxiliary-layers"
-        )
-    first = load_part(base)
-    if layers is not None:
-        try:
-            kept = kept_layers(layers, len(first.model.layers))
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--auxiliary-layers") from error
-        return first, keep_layers(first, kept)
-    second = load_part(str(auxiliary))
-    check_same_tokenizer(first, second)
-    return first, second
+    Args:
+        pair: the model.
+        tokenizer: what it reads with.
+        names: of its base and its auxiliary, for the model card.
+        made: what the card says of how it was made.
+    """
+
+    pair: KVPredictionModel
+    tokenizer: Any
+    names: tuple[str, str]
+    made: list[str]
+
+
+def check_source(source: str | None) -> str:
+    """The predictor's source, the default one if none was given."""
+    from kvpred_mlx.pair.sources import DEFAULT
+    from kvpred_mlx.pair.sources import check_source as check
+
+    try:
+        check(source or DEFAULT)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--source") from error
+    return source or DEFAULT
+
+
+def fit_pair(
+    models: TwoModels, documents: list[str], max_seq_length: int, data: Path, settings: FitSettings
+) -> Begun:
+    """Load two models and fit a predictor in closed form."""
+    from kvpred_mlx.making.fit import fit
+    from kvpred_mlx.making.layer_maps import parse
+    from kvpred_mlx.making.pairing import join
+    from kvpred_mlx.taps.kv_taps import KVTaps
+
+    first, second = models.load()
+    try:
+        parse(settings.layer_map, len(KVTaps(first.model)), len(KVTaps(second.model)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layer-map") from error
+    packed = pack(first.tokenizer, documents, max_seq_length, data)
+    with progress_bar("fitting") as progress:
+        fitted = fit(first.model, second.model, packed, settings, progress)
+    layer_map = ",".join(map(str, fitted.predictor.layer_map))
+    made = (
+        f"The predictor (source {settings.source}, layer map {layer_map}) was fitted in closed form on "
+        f"{fitted.tokens:,} tokens."
+    )
+    pair = join(first, second, fitted.predictor)
+    return Begun(pair, first.tokenizer, (first.name, second.name), [made])
+
+
+def open_to_train(model: str) -> Begun:
+    """A pair that was made before."""
+    opened = open_pair(model)
+    name = f"of {opened.short_name}"
+    return Begun(
+        opened.pair, opened.tokenizer, (name, name), [f"Training began from the pair {opened.short_name}."]
+    )
 
 
 def read_data(data: Path, text_key: str) -> tuple[list[str], list[str]]:
@@ -108,20 +162,20 @@ def pack(tokenizer: Any, documents: list[str], length: int, data: Path) -> Packe
 
 
 def held_out_figures(
-    pair: KVPredictionModel, tokenizer: Any, documents: list[str], prompt_tokens: list[int], most: int = 80
+    begun: Begun, documents: list[str], max_seq_length: int, most: int = 80
 ) -> list[Quality]:
-    """Quality on held-out documents, for the prompt lengths that they are long enough for."""
+    """Quality on held-out documents, at the lengths of `prompt_lengths` that the documents are long enough for."""
     from kvpred_mlx.making.data import encode
     from kvpred_mlx.making.quality import SCORE_TOKENS, measure
     from kvpred_mlx.making.windows import cut_windows
 
-    ids = encode(tokenizer, documents)
+    ids = encode(begun.tokenizer, documents)
     figures = []
-    for n in prompt_tokens:
+    for n in prompt_lengths(max_seq_length):
         if max(map(len, ids), default=0) >= n + SCORE_TOKENS:
-            windows = cut_windows(ids, n, SCORE_TOKENS, tokenizer, most)
+            windows = cut_windows(ids, n, SCORE_TOKENS, begun.tokenizer, most)
             with progress_bar(f"quality at {n} tokens") as progress:
-                figures.append(measure(pair, windows, progress=progress))
+                figures.append(measure(begun.pair, windows, progress=progress))
     return figures
 
 
@@ -133,44 +187,44 @@ def prompt_lengths(max_seq_length: int) -> list[int]:
     return sorted({n for n in (longest // 2, longest) if n > 1})
 
 
-def check_output(mlx_path: Path, overwrite: bool, upload_repo: str | None) -> None:
-    """Refuse a path or a repository that cannot be written before hours are spent on what should go there."""
-    import os
+@dataclass(frozen=True)
+class Output:
+    """Where a pair goes: a directory, and a repository on the Hugging Face hub if one is named."""
 
-    from kvpred_mlx.files import check_absent
-    from kvpred_mlx.making.hub import check_access
+    mlx_path: Path
+    overwrite: bool
+    upload_repo: str | None
 
-    if upload_repo is not None:
-        check_access(upload_repo)
-    check_absent(mlx_path, overwrite)
-    parent = next(p for p in mlx_path.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"{mlx_path}: no permission to write in {parent}")
+    def check(self) -> None:
+        """Refuse a path or a repository that cannot be written before hours are spent on what should go there."""
+        import os
 
+        from kvpred_mlx.files import check_absent
+        from kvpred_mlx.making.hub import check_access
 
-def save_pair(
-    mlx_path: Path,
-    pair: KVPredictionModel,
-    tokenizer: Any,
-    names: tuple[str, str],
-    made: list[str],
-    figures: list[Quality],
-    overwrite: bool,
-    upload_repo: str | None,
-) -> None:
-    """Save a pair with its model card and figures, upload it if asked to, and say so."""
-    from kvpred_mlx.making.card import CardFacts, write_card
-    from kvpred_mlx.making.hub import upload
-    from kvpred_mlx.pair.loading import save
+        if self.upload_repo is not None:
+            check_access(self.upload_repo)
+        check_absent(self.mlx_path, self.overwrite)
+        parent = next(p for p in self.mlx_path.absolute().parents if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(f"{self.mlx_path}: no permission to write in {parent}")
 
-    def extras(folder: Path) -> None:
-        write_card(folder, CardFacts(upload_repo or mlx_path.name, *names, made), figures)
+    def save(self, made: Begun, figures: list[Quality]) -> None:
+        """Save a pair with its model card and figures, upload it if asked to, and say so."""
+        from kvpred_mlx.making.card import CardFacts, write_card
+        from kvpred_mlx.making.hub import upload
+        from kvpred_mlx.pair.loading import save
 
-    save(mlx_path, pair, tokenizer, overwrite=overwrite, extras=extras)
-    show_figures(figures)
-    print(f"{mlx_path}: {sum(f.stat().st_size for f in mlx_path.iterdir()) / 1e6:.1f} MB")
-    if upload_repo is not None:
-        print(upload(mlx_path, upload_repo))
+        def extras(folder: Path) -> None:
+            write_card(
+                folder, CardFacts(self.upload_repo or self.mlx_path.name, *made.names, made.made), figures
+            )
+
+        save(self.mlx_path, made.pair, made.tokenizer, overwrite=self.overwrite, extras=extras)
+        show_figures(figures)
+        print(f"{self.mlx_path}: {sum(f.stat().st_size for f in self.mlx_path.iterdir()) / 1e6:.1f} MB")
+        if self.upload_repo is not None:
+            print(upload(self.mlx_path, self.upload_repo))
 
 
 def show_figures(figures: list[Quality]) -> None:

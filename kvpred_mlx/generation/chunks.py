@@ -20,7 +20,7 @@ def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, An
         options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
     entry, before_last = options["prompt_cache"][-1], tokens - 1
     if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
-        entry.prompt_open, entry.announced = True, (0, before_last)
+        entry.announce(before_last)
         step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
         sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))
         options["prefill_step_size"] = next(size for size in sizes if size > 1 and before_last % size != 1)

@@ -32,7 +32,7 @@ class AuxiliaryDraft:
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits [1, 1, vocabulary] after the last of `inputs` [1, L]; the others are in the log already."""
         self.drafted += 1
-        entry, auxiliary = cache[0].entry, self._pair.auxiliary
+        entry, auxiliary = cache[0].entry, self._pair.auxiliary_model
         entry.end_prompt()
         unread = entry.unread()
         if unread.shape[1] > 1:  # a prompt that the base processed exactly, or the end of one
@@ -64,7 +64,7 @@ class AuxiliaryDraft:
                 f"{num_draft_tokens} draft tokens, expected fewer than {self._pair.min_prompt_tokens - 1}: "
                 f"longer calls are prompts (min_prompt_tokens {self._pair.min_prompt_tokens})"
             )
-        whole = make_prompt_cache(self._pair.auxiliary)
+        whole = make_prompt_cache(self._pair.auxiliary_model)
         if len(entry.auxiliary) < len(whole):
             entry.read_again(whole)
         caches = [*prompt_cache[:-1], *entry.auxiliary]

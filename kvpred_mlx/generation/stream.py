@@ -96,7 +96,8 @@ def _draft_of(model: nn.Module, draft: Any) -> Any:
     """The draft model; a pair's own auxiliary gets a view of the pair's cache."""
     if not isinstance(model, KVPredictionModel):
         return draft
-    return AuxiliaryDraft(model) if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft) else draft
+    own = isinstance(draft, AuxiliaryDraft) or (draft is not None and draft is model.auxiliary)
+    return AuxiliaryDraft(model) if own else draft
 
 
 def _responses(

@@ -10,17 +10,34 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
-from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.optimizers import current_learning_rate, make_optimizer
 from kvpred_mlx.making.reports import Report, Tally
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.states import resume, save_state, saved_states
 from kvpred_mlx.making.step import Loss, Step
+
+
+class TrainingData(Protocol):
+    """Batches by number, so that training can go on where it was stopped."""
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens that are read of a row."""
+        ...
+
+    def batch(self, index: int, batch_size: int, seed: int) -> Any:
+        """Batch number `index`: arrays, or a tree of them, with `batch_size` rows."""
+        ...
+
+    def checksum(self) -> int:
+        """Of all data, to tell other data from the same."""
+        ...
 
 
 class DivergedError(ArithmeticError):
@@ -31,7 +48,7 @@ class Trainer:
     """Trains the parameters of `model` that are not frozen.
 
     Args:
-        model: any module; `loss(model, batch)` gives its loss and named terms for a batch `[B, L + 1]`.
+        model: any module; `loss(model, batch)` gives its loss and named terms for a batch of the data.
         state_folder: where states are saved; what is there is resumed from (None: nothing is saved).
         identity: what else must be the same for a saved state to be resumed, as JSON.
         compiled: compile the step.
@@ -44,7 +61,7 @@ class Trainer:
         self,
         model: nn.Module,
         loss: Loss,
-        data: PackedSequences,
+        data: TrainingData,
         settings: TrainingSettings,
         state_folder: Path | None = None,
         *,
@@ -73,7 +90,7 @@ class Trainer:
         settings = self.settings
         end = min(settings.iters, until or settings.iters)
         self.model.train()
-        tally = Tally(settings, length=self.data.rows.shape[1] - 1)
+        tally = Tally(settings, length=self.data.tokens_per_row)
         with _deferred_interrupt() as interrupted:
             while self.step < end:
                 tally.add(*self._one_step())
@@ -104,7 +121,7 @@ class Trainer:
         self.step += 1
         return loss, numbers
 
-    def _batches(self) -> list[mx.array]:
+    def _batches(self) -> list[Any]:
         """This process's share of the next step's batches."""
         settings, rank = self.settings, self.group.rank()
         share = settings.batch_size // self.group.size()
@@ -113,7 +130,8 @@ class Trainer:
             self.data.batch(i, settings.batch_size, settings.seed)
             for i in range(first, first + settings.grad_accumulation_steps)
         )
-        return [batch[rank * share : (rank + 1) * share] for batch in whole]
+        part = slice(rank * share, (rank + 1) * share)
+        return [tree_map(lambda rows: rows[part], batch) for batch in whole]
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Quality:
 
 
 def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
-    """The base with an exact cache, with a predicted one, the auxiliary alone, and the base without the prompt."""
+    """The base with an exact cache, with a predicted one, the auxiliary alone if there is one, and the base
+    without the prompt."""
 
     def predicted(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         cache = pair.make_cache()
@@ -57,12 +58,8 @@ def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
     def without(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         return pair.base, make_prompt_cache(pair.base)
 
-    return {
-        "exact": prefill_of(pair.base),
-        "predicted": predicted,
-        "auxiliary": prefill_of(pair.auxiliary),
-        "no prompt": without,
-    }
+    alone = {} if pair.auxiliary is None else {"auxiliary": prefill_of(pair.auxiliary)}
+    return {"exact": prefill_of(pair.base), "predicted": predicted, **alone, "no prompt": without}
 
 
 def prefill_of(model: nn.Module) -> Prefill:

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from kvpred_mlx.making.settings import TrainingSettings
 
 Terms = dict[str, mx.array]
-Loss = Callable[[Any, mx.array], tuple[mx.array, Terms]]
+Loss = Callable[[Any, Any], tuple[mx.array, Terms]]
 
 
 class Step:
@@ -40,18 +40,18 @@ class Step:
     ):
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._settings, self._group = settings, group
-        self._take: Callable[[list[mx.array]], tuple[mx.array, Terms]] = self._update
+        self._take: Callable[[list[Any]], tuple[mx.array, Terms]] = self._update
         if compiled:
             state = [model.state, optimizer.state]
             self._take = partial(mx.compile, inputs=state, outputs=state)(self._update)
 
-    def __call__(self, batches: list[mx.array]) -> dict[str, float]:
+    def __call__(self, batches: list[Any]) -> dict[str, float]:
         """Take the step over `batches`, each `[B, L + 1]`: the loss under `loss`, and its terms, of all processes."""
         loss, terms = self._take(batches)
         mx.eval(loss, terms, self._model.state, self._optimizer.state)
         return self._over_processes({"loss": loss, **terms})
 
-    def _update(self, batches: list[mx.array]) -> tuple[mx.array, Terms]:
+    def _update(self, batches: list[Any]) -> tuple[mx.array, Terms]:
         loss_and_grad = nn.value_and_grad(self._model, self._in_dtype)
         total: Any = None
         for batch in batches:
@@ -65,7 +65,7 @@ class Step:
         self._optimizer.update(self._model, gradient)
         return loss, terms
 
-    def _in_dtype(self, model: nn.Module, batch: mx.array) -> tuple[mx.array, Terms]:
+    def _in_dtype(self, model: nn.Module, batch: Any) -> tuple[mx.array, Terms]:
         """The loss computed in the settings' type; gradients and updates are those of the float32 weights."""
         kept = model.trainable_parameters()
         dtype = getattr(mx, self._settings.dtype)
