@@ -95,8 +95,9 @@ def fit_pair(
     from kvpred_mlx.taps.kv_taps import KVTaps
 
     first, second = models.load()
+    depths = len(KVTaps(first.model)), len(KVTaps(second.model))
     try:
-        parse(settings.layer_map, len(KVTaps(first.model)), len(KVTaps(second.model)))
+        parse(settings.layer_map, *depths)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layer-map") from error
     packed = pack(first.tokenizer, documents, max_seq_length, data)

@@ -11,10 +11,10 @@ import typer
 
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.bench import check_installed
+from kvpred_mlx.cli.bench import NEEDED
 from kvpred_mlx.cli.opening import one_pair, open_for_measuring
 from kvpred_mlx.cli.progress import progress_bar
-from kvpred_mlx.cli.values import numbers, set_device
+from kvpred_mlx.cli.values import check_installed, numbers, set_device
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.front.pareto import Data, Results
@@ -50,7 +50,7 @@ def pareto(
     seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
 ) -> None:
     """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
-    check_installed()
+    check_installed("bench", NEEDED)
     names = _methods(methods)
     if names is None:
         return
