@@ -188,8 +188,8 @@ class FirstLayersReader:
         for depth in self._predictor.depths:
             cache = make_prompt_cache(self._base.model)
             self.fill(tokens, cache, depth=depth)
-            pairs = [(a.state, b.state) for a, b in zip(plain[: depth + 1], cache, strict=False)]
-            same = [mx.array_equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)]
+            pairs = _pairs(plain[: depth + 1], cache[: depth + 1])
+            same = [mx.array_equal(x, y) for x, y in pairs]
             if not all(bool(one) for one in same):
                 raise UnsupportedModelError(
                     f"{self._base.family}: its first {depth} layers do not stand alone"
@@ -231,8 +231,7 @@ class FirstLayersReader:
                 self._base.model(tokens, cache=plain)
             for part in (slice(cut), slice(cut, None)):
                 self.resume(depth, kept[0][:, part], tokens[:, part], again)
-            pairs = zip(plain[depth:], again[depth:], strict=True)
-            return all(close(x, y) for a, b in pairs for x, y in zip(a.state, b.state, strict=True))
+            return all(close(x, y) for x, y in _pairs(plain[depth:], again[depth:]))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False  # a family whose layers do more than follow one from the other
 
@@ -276,6 +275,13 @@ def with_logits(base: KVTaps, inject: Callable[..., mx.array], cache: list[Any])
     aside = copy.deepcopy(cache)
     inject(cache, logits=False)
     return inject(aside, logits=True)
+
+
+def _pairs(some: Sequence[Any], others: Sequence[Any]) -> list[tuple[mx.array, mx.array]]:
+    """Keys with keys and values with values of two caches; arrays without columns are left out."""
+    entries = zip(some, others, strict=True)
+    found = [pair for a, b in entries for pair in zip(a.keys_and_values(), b.keys_and_values(), strict=True)]
+    return [(x, y) for x, y in found if x.size]
 
 
 def _check_widths(parts: Sequence[tuple[str, Sequence[Any], Sequence[Any], KVTaps]]) -> None:
