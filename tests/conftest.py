@@ -1,4 +1,4 @@
-"""Fixtures that several test files use; importing kvpred_mlx first loads a fast BLAS on Linux."""
+"""Fixtures that several test files use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
+import device  # noqa: F401  # first of all that imports MLX
 import pytest
 
-import kvpred_mlx  # noqa: F401
 from kvpred_mlx import cli
 
 DATA = Path(__file__).with_name("data")

@@ -112,8 +112,8 @@ def check_make(words: list[str]) -> None:
                 check(command)
 
 
-class Parsed(Exception):
-    """The command line was understood."""
+class Parsed(BaseException):
+    """The command line was understood; whoever catches every `Exception` does not catch this."""
 
 
 def check_module(name: str, words: list[str]) -> None:

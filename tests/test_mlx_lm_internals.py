@@ -10,7 +10,7 @@ import pytest
 
 from kvpred_mlx import mlx_lm_internals
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.serving.server import Settings
+from kvpred_mlx.serving.settings import ServerSettings
 
 
 def test_nothing_that_is_used_has_moved():
@@ -58,7 +58,7 @@ def test_the_server_has_mlx_lm_s_flags_and_defaults(monkeypatch):
     assert theirs - ours.keys() == set()
     assert ours.keys() - theirs == {"--exact", "--exact-first", "--exact-last", "--exact-top", "--draft"}
     assert {name for name in theirs if str(ours[name]) != str(found[name])} == set()
-    settings = Settings()
+    settings = ServerSettings()
     kept = theirs - {"--log-level", "--model"}
     defaults = {n: getattr(settings, n[2:].replace("-", "_")) for n in kept}
     assert {n for n, d in defaults.items() if str(d) not in (str(found[n]), f"['{found[n]}']")} == set()

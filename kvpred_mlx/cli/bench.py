@@ -13,8 +13,8 @@ import typer
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import OpenedPair, locate, open_for_measuring, preset_name
-from kvpred_mlx.cli.progress import progress_bar
-from kvpred_mlx.cli.values import check_installed, numbers, set_device
+from kvpred_mlx.cli.values import check_installed, set_device
+from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.ttft.run import Results
@@ -65,11 +65,11 @@ def bench(
     steps = numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
     set_device(device)
 
-    from kvpred_mlx.bench.common.results import check_new, write
-    from kvpred_mlx.bench.ttft.run import Settings
+    from kvpred_mlx.bench.ttft.files import check_new, write
     from kvpred_mlx.bench.ttft.run import bench as run_bench
+    from kvpred_mlx.bench.ttft.settings import BenchSettings
 
-    settings = Settings(lengths, batches, trials, max_tokens, steps, seed)
+    settings = BenchSettings(lengths, batches, trials, max_tokens, steps, seed)
     path, name = _what(model, preset)
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
     check_new(folder)
@@ -176,7 +176,7 @@ def _list_presets() -> None:
 def _compare(a: Path, b: Path) -> None:
     from rich.console import Console
 
-    from kvpred_mlx.bench.common.results import read
+    from kvpred_mlx.bench.ttft.files import read
     from kvpred_mlx.bench.ttft.report import compare, machine_line
 
     results = read(a), read(b)

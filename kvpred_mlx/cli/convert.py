@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import progress_bar
 
 
 class Dtype(StrEnum):

@@ -12,8 +12,8 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.opening import one_pair, open_pair
-from kvpred_mlx.cli.progress import progress_bar
 from kvpred_mlx.cli.values import check_installed, names
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
@@ -65,7 +65,8 @@ def evaluate(
 ) -> None:
     """Evaluate a pair on tasks: the base alone, predicted, and the auxiliary alone, in one table."""
     check_installed("eval", NEEDED)
-    from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
+    from kvpred_mlx.bench.evaluate.run import Evaluation
+    from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 
     model = one_pair(model, pair)
     task_names, mode_names = names("--tasks", tasks), names("--modes", modes)
@@ -80,7 +81,7 @@ def evaluate(
     files = _files(data or [], task_names)
     _check_modes(mode_names)
     _check_tasks(task_names, include_path)
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=task_names, modes=mode_names, data=files, limit=limit, num_samples=num_samples, temp=temp,
         top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
         include_path=include_path, seed=seed,

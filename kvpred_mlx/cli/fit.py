@@ -31,7 +31,7 @@ def fit(
     upload_repo: o.UploadRepo = None,
 ) -> None:
     """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
-    from kvpred_mlx.making.fit import FitSettings
+    from kvpred_mlx.making.settings import FitSettings
 
     models = making.TwoModels(base, auxiliary, auxiliary_layers)
     output = making.Output(mlx_path, overwrite, upload_repo)

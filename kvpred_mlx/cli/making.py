@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvpred_mlx.cli.opening import open_pair
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.making.data import PackedSequences
-    from kvpred_mlx.making.fit import FitSettings
     from kvpred_mlx.making.pairing import LoadedModel
     from kvpred_mlx.making.quality import Quality
+    from kvpred_mlx.making.settings import FitSettings
     from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -167,7 +167,8 @@ def held_out_figures(
 ) -> list[Quality]:
     """Quality on held-out documents, at the lengths of `prompt_lengths` that the documents are long enough for."""
     from kvpred_mlx.making.data import encode
-    from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure
+    from kvpred_mlx.making.quality import SCORE_TOKENS, measure
+    from kvpred_mlx.making.windows import cut_windows
 
     ids = encode(begun.tokenizer, documents)
     figures = []

@@ -13,8 +13,8 @@ from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.bench import NEEDED
 from kvpred_mlx.cli.opening import one_pair, open_for_measuring
-from kvpred_mlx.cli.progress import progress_bar
-from kvpred_mlx.cli.values import check_installed, numbers, set_device
+from kvpred_mlx.cli.values import check_installed, set_device
+from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.front.pareto import Data, Results
@@ -63,11 +63,11 @@ def pareto(
     shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
     set_device(device)
 
-    from kvpred_mlx.bench.front.pareto import Settings
+    from kvpred_mlx.bench.front.files import read, write
     from kvpred_mlx.bench.front.pareto import pareto as run
-    from kvpred_mlx.bench.front.report import read, write
+    from kvpred_mlx.bench.front.settings import FrontSettings
 
-    settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
+    settings = FrontSettings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
     documents = [] if data is None else making.read_held_out(data, text_key, all_documents)

@@ -11,8 +11,7 @@ import typer
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair
-from kvpred_mlx.cli.progress import progress_bar
-from kvpred_mlx.cli.values import numbers
+from kvpred_mlx.console import numbers, progress_bar
 
 
 def quality(
@@ -38,7 +37,8 @@ def quality(
     """Continue real text from exact and predicted prompt caches, and compare."""
     from kvpred_mlx.cli import making
     from kvpred_mlx.making.data import encode
-    from kvpred_mlx.making.quality import cut_windows, measure
+    from kvpred_mlx.making.quality import measure
+    from kvpred_mlx.making.windows import cut_windows
 
     model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top)
     lengths = numbers("--prompt-lens", prompt_lens or [], 2) + numbers(

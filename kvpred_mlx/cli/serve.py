@@ -61,8 +61,8 @@ def serve(
         raise typer.BadParameter(f"{log_level!r}, expected {', '.join(LEVELS)}", param_hint="--log-level")
     template_args = json_object("--chat-template-args", chat_template_args)
 
-    from kvpred_mlx.serving.server import Settings
     from kvpred_mlx.serving.server import serve as run_server
+    from kvpred_mlx.serving.settings import ServerSettings
 
     cache_bytes = _bytes("--prompt-cache-bytes", prompt_cache_bytes)
     config = {"trust_remote_code": trust_remote_code} | (
@@ -72,7 +72,7 @@ def serve(
     if use_default_chat_template:
         use_default_template(opened.tokenizer)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
-    settings = Settings(
+    settings = ServerSettings(
         host=host, port=port, allowed_origins=allowed_origins.split(","), draft=draft_model or draft,
         num_draft_tokens=num_draft_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
         chat_template_args=template_args, decode_concurrency=decode_concurrency,

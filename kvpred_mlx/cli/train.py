@@ -14,7 +14,8 @@ from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
 
 if TYPE_CHECKING:
-    from kvpred_mlx.making.loop import Report, Settings
+    from kvpred_mlx.making.reports import Report
+    from kvpred_mlx.making.settings import TrainingSettings
 
 
 def train(
@@ -69,11 +70,10 @@ def train(
     upload_repo: o.UploadRepo = None,
 ) -> None:
     """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
-    from kvpred_mlx.making.fit import FitSettings
     from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
-    from kvpred_mlx.making.loop import Settings
     from kvpred_mlx.making.loss import LossWeights
     from kvpred_mlx.making.optimizers import LEARNING_RATES
+    from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 
     models = making.TwoModels(base, auxiliary, auxiliary_layers)
     if model is not None and (models or source is not None):
@@ -96,9 +96,9 @@ def train(
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
         shutil.rmtree(states, ignore_errors=True)
-    settings = Settings(
+    settings = TrainingSettings(
         iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
-        weight_decay=Settings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
+        weight_decay=TrainingSettings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def train(
     shutil.rmtree(states, ignore_errors=True)
 
 
-def _run(trainer: Any, settings: Settings, states: Path) -> None:
+def _run(trainer: Any, settings: TrainingSettings, states: Path) -> None:
     """Train with progress on standard error; only the first process of several shows it."""
     import sys
 

@@ -1,4 +1,4 @@
-"""What is written on the command line, as values: number lists, JSON, a device; and the extras that commands need."""
+"""What is written on the command line, as values: names, JSON, a device; and the extras that commands need."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import typer
-
-
-def numbers(option: str, given: list[str], least: int) -> list[int]:
-    """Comma lists and repeated options as one list of numbers, in order, without repeats."""
-    words = [word.strip() for text in given for word in text.split(",")]
-    bad = [word for word in words if not (word.isascii() and word.isdigit() and int(word) >= least)]
-    if bad:
-        raise typer.BadParameter(
-            f"{', '.join(map(repr, bad))}, expected numbers from {least} on, such as 512,2048",
-            param_hint=option,
-        )
-    return list(dict.fromkeys(map(int, words)))
 
 
 def names(option: str, text: str) -> list[str]:

@@ -26,7 +26,7 @@ STEPS_TIMED = 9  # the latest ones without a slice, for the median
 
 
 @dataclass
-class Progress:
+class RepairStatus:
     """How far a repair is.
 
     Args:
@@ -70,7 +70,7 @@ class RepairingModel(nn.Module):
         if not 0 < budget <= 1:
             raise ValueError(f"the repair budget is {budget!r}, expected a share of time above 0 and up to 1")
         self.pair = pair
-        self.progress = Progress()
+        self.status = RepairStatus()
         self._work = _Work(pair, budget, max_kv_size)
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
@@ -83,18 +83,18 @@ class RepairingModel(nn.Module):
             if work.needed:
                 work.start(cache)
             else:
-                self.progress.exact_from = 0
+                self.status.exact_from = 0
         work.steps += 1
         if work.needed:
-            work.account(self.progress)
+            work.account(self.status)
             lag = work.lag(entry)
             if work.affordable(lag):
                 if lag <= work.slice:
-                    return work.finish(inputs, cache, self.progress)
+                    return work.finish(inputs, cache, self.status)
                 if work.catches_up(lag):
-                    work.read(entry, self.progress)
+                    work.read(entry, self.status)
                 else:
-                    work.give_up(self.progress)
+                    work.give_up(self.status)
         return self.pair(inputs, cache=cache)
 
     @property
@@ -143,17 +143,17 @@ class _Work:
         """Tokens that the first cache has and the second has not."""
         return entry.size() - self._read
 
-    def account(self, progress: Progress) -> None:
+    def account(self, status: RepairStatus) -> None:
         """At the beginning of a decode step: what the one before it earned or cost."""
         # mlx-lm asks for the second token before it hands out the first: only the third call begins a plain step.
         if self.steps < 3:
             return
         now = time.perf_counter()
         if self._since is not None:
-            self._enter(now - self._since, progress)
+            self._enter(now - self._since, status)
         self._since = now
 
-    def _enter(self, seconds: float, progress: Progress) -> None:
+    def _enter(self, seconds: float, status: RepairStatus) -> None:
         if not self._sliced:
             self._plain.append(seconds)
         step = median(self._plain)
@@ -163,7 +163,7 @@ class _Work:
         # Beside its own time a slice keeps decoding from running a step ahead; what is more, it did not cause.
         spent = max(0.0, min(seconds - step, self._own + step))
         self._credit -= spent
-        progress.seconds += spent
+        status.seconds += spent
         self._per_token, self._sliced = spent / self._sliced, 0
         if spent > 4 * step:
             self.slice = max(SMALLEST_SLICE, self.slice // 2)
@@ -183,11 +183,11 @@ class _Work:
         self._lags.append(lag)
         return len(self._lags) <= PATIENCE or lag < self._lags[0]
 
-    def give_up(self, progress: Progress) -> None:
+    def give_up(self, status: RepairStatus) -> None:
         """No more slices; the second cache is let go."""
-        self.needed, self._cache, progress.given_up = False, None, True
+        self.needed, self._cache, status.given_up = False, None, True
 
-    def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
+    def read(self, entry: AuxiliaryCache, status: RepairStatus) -> None:
         """The next slice."""
         assert self._cache is not None
         began = time.perf_counter()
@@ -197,9 +197,9 @@ class _Work:
         self._own = time.perf_counter() - began
         self._sliced = tokens.shape[1]
         self._read += self._sliced
-        progress.slices += 1
+        status.slices += 1
 
-    def finish(self, inputs: mx.array, cache: list[Any], progress: Progress) -> mx.array:
+    def finish(self, inputs: mx.array, cache: list[Any], status: RepairStatus) -> mx.array:
         """The last slice and the decode step in one; from here on the second cache is the cache."""
         assert self._cache is not None
         entry: AuxiliaryCache = cache[-1]
@@ -207,6 +207,6 @@ class _Work:
         logits = self._pair.base(rest, cache=self._cache)[:, -1:]
         cache[:-1] = self._cache
         self.needed = False
-        progress.exact_from = self.steps - 1
-        entry.exact_tokens = entry.size()
-        return self._pair.logged(logits, inputs, entry)
+        status.exact_from = self.steps - 1
+        entry.repaired()
+        return mx.depends(logits, entry.decoded(inputs))

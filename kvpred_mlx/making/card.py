@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from kvpred_mlx.making.quality import Estimate, Quality
+from kvpred_mlx.making.estimates import Estimate
+from kvpred_mlx.making.quality import Quality
 
 CARD = "README.md"
 TITLES = {

@@ -85,6 +85,11 @@ class PackedSequences:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def tokens_per_row(self) -> int:
+        """L."""
+        return self.rows.shape[1] - 1
+
     def checksum(self) -> int:
         """Of all token ids, to tell other data from the same."""
         return zlib.crc32(np.ascontiguousarray(self.rows, np.int64).tobytes())

@@ -130,8 +130,7 @@ def join(
     min_prompt_tokens: int = MIN_PROMPT_TOKENS,
 ) -> KVPredictionModel:
     """A pair that is saved with the two models' own configs."""
-    pair = KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens)
-    pair.args = ModelArgs(
+    args = ModelArgs(
         "kvpred",
         base.config,
         auxiliary.config,
@@ -139,7 +138,7 @@ def join(
         min_prompt_tokens,
         predictor.source,
     )
-    return pair
+    return KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens, args=args)
 
 
 def _with_layers(config: dict[str, Any], n_layers: int, kept: list[int]) -> dict[str, Any]:
