@@ -1,4 +1,4 @@
-"""`kvpred-mlx generate` has mlx-lm's flags: the same names, the same defaults, the same text for the same command line."""
+"""`kvpred-mlx generate` has mlx-lm's flags: same names, same defaults, same text for the same command line."""
 
 from __future__ import annotations
 

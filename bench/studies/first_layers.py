@@ -1,8 +1,8 @@
 """Pairs of a base's own first layers: quality by depth and by tokens, then by training.
 
-`python -m kvpred_mlx.bench.studies.first_layers --base BASE --depths 7,10,14,21 --data TRAIN --held-out HELD --folder FOLDER`
-records windows of real text and of planted facts once, fits closed forms on growing parts of them, scores every depth, and
-trains as the cache is used.  Every step is kept in FOLDER and passed over if it is there.
+`python -m kvpred_mlx.bench.studies.first_layers --base BASE --depths 7,10,14,21 --data TRAIN --held-out HELD \
+--folder FOLDER` records windows of real text and of planted facts once, fits closed forms on growing parts of them,
+scores every depth, and trains as the cache is used.  Every step is kept in FOLDER and passed over if it is there.
 """
 
 from __future__ import annotations

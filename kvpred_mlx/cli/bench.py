@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import OpenedPair, locate, open_for_measuring, preset_name
 from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar, read_text
@@ -47,6 +47,7 @@ def bench(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two results.json: the change of every ratio.")
     ] = None,
@@ -57,7 +58,7 @@ def bench(
         return _compare(*compare)
     if preset == "list":
         return _list_presets()
-    given_dial = dial(exact_first, exact_last, exact_top)
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
     if model is not None and preset is not None:
         raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
     if prompt_file is not None and preset is not None:

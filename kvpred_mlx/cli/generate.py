@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, open_pair
 from kvpred_mlx.cli.prompt import ChatTemplate, read_prompt
 from kvpred_mlx.cli.prompt_cache import OPTION as CACHE_OPTION
@@ -90,6 +90,7 @@ def generate(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Recompute the prompt exactly behind the first token.")
     ] = False,
@@ -112,7 +113,7 @@ def generate(
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
     text, drafts_with = read_prompt(prompt), draft_model or draft
     _check(repair, repair_budget, drafts_with, prompt_cache_file)
-    given_dial = dial(exact_first, exact_last, exact_top)
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
     config = json_object("--chat-template-config", chat_template_config)
     template = ChatTemplate(
         ignore_chat_template, use_default_chat_template, system_prompt, prefill_response, config
