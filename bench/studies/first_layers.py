@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import typer
 
-from kvpred_mlx.bench.common import machine
+from kvpred_mlx.bench.common import command, machine
 from kvpred_mlx.bench.front.recall_score import questions
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
@@ -202,4 +202,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main)

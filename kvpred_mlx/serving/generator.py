@@ -10,7 +10,7 @@ from queue import Queue
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.server import ModelDescription, ModelProvider, ResponseGenerator
+from mlx_lm.server import GenerationArguments, ModelDescription, ModelProvider, ResponseGenerator
 
 from kvpred_mlx.generation.draft import AUXILIARY, AuxiliaryDraft
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
@@ -92,14 +92,17 @@ class PairGenerator(ResponseGenerator):
         self.requests = _Requests()
 
     def generate(
-        self, request: Any, generation_args: Any, progress_callback: Callable[[int, int], None] | None = None
+        self,
+        request: Any,
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[Any, Iterator[Any]]:
         # Models are modes here, and a draft of another mode is another model.
         generation_args.model = ModelDescription(str(request.mode), request.draft, "")
         ctx, responses = super().generate(request, generation_args, progress_callback)
         return ctx, _timed(request, responses)
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+    def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
         prompt, *rest = super()._tokenize(tokenizer, request, args)
         check_prompt(prompt, self.context, self.model_provider.pair.vocab_size)
         if self.context is not None:
@@ -116,7 +119,7 @@ class PairGenerator(ResponseGenerator):
                 self.requests.fail(error)
 
 
-class _Requests(Queue):
+class _Requests(Queue[tuple[Any, ...]]):
     """Requests on their way to the generation thread; it remembers who waits for an answer."""
 
     def __init__(self) -> None:
