@@ -58,7 +58,7 @@ def answer(pair: KVPredictionModel, prompt: list[int], tokens: int, budget: floa
         times.append(time.perf_counter())
     logits = pair.base(mx.array([[*prompt, *found[:-1]]]))[0, len(prompt) - 1 :]
     exact: Any = mx.argmax(logits, axis=-1).tolist()
-    since = None if budget is None else model.progress.exact_from
+    since = None if budget is None else model.status.exact_from
     return Answer([a == b for a, b in zip(found, exact, strict=True)], since, times)
 
 
