@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import typer
 
 from kvpred_mlx.errors import one_line
 from kvpred_mlx.progress import ProgressCallback
+
+LINE_SECONDS = 20.0  # between two lines where there is no terminal
 
 
 def run(app: typer.Typer, program: str) -> NoReturn:
@@ -68,12 +71,33 @@ def read_text(option: str, path: Path) -> str:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[ProgressCallback]:
-    """A bar on standard error while the block runs; nothing if that is not a terminal."""
+    """A bar on standard error while the block runs; where that is no terminal, a line now and then."""
+    if not sys.stderr.isatty():
+        yield _Lines(what)
+        return
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    console, hidden = Console(stderr=True), not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, what=None: bar.update(task, completed=done, total=total, description=what)
+
+
+class _Lines:
+    """Progress where nobody sees a bar: `fitting: 12 of 96, 3.1 min left`, at most every `LINE_SECONDS`."""
+
+    def __init__(self, what: str):
+        self._what, self._begun = what, time.monotonic()
+        self._told, self._first = self._begun, 0
+
+    def __call__(self, done: int, total: int, what: str | None = None) -> None:
+        now = time.monotonic()
+        if what is not None and what != self._what:
+            self._what, self._begun, self._first = what, now, done
+        if now - self._told < LINE_SECONDS or not total:
+            return
+        self._told = now
+        made = done - self._first
+        left = f", {(now - self._begun) / made * (total - done) / 60:.1f} min left" if made > 0 else ""
+        print(f"{self._what}: {done} of {total}{left}", file=sys.stderr, flush=True)

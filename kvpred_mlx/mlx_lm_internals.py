@@ -2,8 +2,8 @@
 
 Documented is what `mlx_lm` itself exports, and `mlx_lm.sample_utils`.  `USED` names everything else that our code
 imports, calls, reads, subclasses or replaces; a test reads the names off our sources and finds it complete, and none in
-it that is not used.  After a change of mlx-lm's version `moved` says which of them are no longer there, or no longer the
-same.
+it that is not used.  After a change of mlx-lm's version `moved` says which of them are no longer there, or no longer
+the same.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ ADDED = ("mlx_lm.models.cache.AuxiliaryCache",)
 
 
 def moved(modules: list[str] | None = None) -> list[str]:
-    """One line for each name of `USED` and `BEHIND` that is missing or has lost a parameter (empty: all is as expected).
+    """One line for each name of `USED` and `BEHIND` that is missing or has lost a parameter (empty: all is well).
 
     Args:
         modules: which of mlx-lm's modules to look at (default: all).

@@ -165,7 +165,7 @@ def _plainest(name: str) -> tuple[int, str]:
 
 
 def _attributes_read(node: ast.AST, classes: list[str]) -> Iterator[tuple[str, set[str]]]:
-    """`anything.name` and `getattr(anything, "name")`, if it is an attribute of one of `classes`; `self` is another's."""
+    """`anything.name` and `getattr(anything, "name")`, if an attribute of one of `classes`; `self` is another's."""
     name = None
     if isinstance(node, ast.Attribute) and not _is(node.value, "self"):
         name = node.attr

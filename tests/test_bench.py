@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -312,9 +313,11 @@ def test_failures(run, tmp_path):
 
 
 def test_readme_shows_the_results():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert "<!-- bench: " in text
-    assert with_tables(text) == text  # else: make readme
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", *root.glob("bench/results/**/README.md")):
+        text = page.read_text(encoding="utf-8")
+        assert re.search("<!-- (bench|pareto): ", text)
+        assert with_tables(text) == text  # else: make readme
 
 
 def test_interrupt_on_the_command_line(tmp_path):

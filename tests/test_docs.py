@@ -1,4 +1,4 @@
-"""Every command line in README, docs and model card is one that exists: its command, its flags, its make target, its tests."""
+"""Every command line in README, docs and model card exists: its command, its flags, its make target, its tests."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_what_does_not_exist_is_found_out(line):
 
 
 def test_make_convert(tmp_path):
-    """Bare it converts the example, in the place of an earlier one; with half of its variables it says how it is used."""
+    """Bare it converts the example, in the place of an earlier one; with half of its variables it tells its usage."""
     for name in ("pyproject.toml", "venv/bin/python", "venv/.runtime-none", "venv/.dev-none"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

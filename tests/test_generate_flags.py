@@ -1,4 +1,4 @@
-"""`kvpred-mlx generate` has mlx-lm's flags: the same names, the same defaults, the same text for the same command line."""
+"""`kvpred-mlx generate` has mlx-lm's flags: same names, same defaults, same text for the same command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from kvpred_mlx import load
 from kvpred_mlx.cli import app
 from kvpred_mlx.cli.generate import EPILOG
+from kvpred_mlx.cli.prompt import ChatTemplate
 from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
 
 generation = import_module("mlx_lm.generate")  # mlx_lm's function of that name hides it
@@ -159,11 +160,24 @@ def test_another_draft_model(run, theirs, draft_model, chat_pair, tmp_path):
 
 def test_what_has_no_effect_without_a_template_is_said(run):
     options = ["--prefill-response", "x", "--system-prompt", "y", "--chat-template-config", '{"z": 1}']
-    code, _, err = run("generate", "-p", "x", "-m", 1, *options)
-    assert code == 0
-    assert "--system-prompt, --prefill-response, --chat-template-config changes nothing" in err
+    code, _, err = run("generate", "-p", "x", "-m", 1, *options, "--use-default-chat-template")
+    assert code == 0 and "changes nothing" in err
+    assert all(option in err for option in (*options[::2], "--use-default-chat-template"))
     code, _, err = run("generate", "-p", "x", "-m", 1)
     assert code == 0 and "changes nothing" not in err
+
+
+def test_the_default_template():
+    """Of a tokenizer's class, as old ones have it."""
+    tokenizer = mlx_lm.utils.load_tokenizer(DEMO_PAIR)
+    raw = ChatTemplate(use_default=True).encode(tokenizer, FUNCTION)
+    assert raw == tokenizer.encode(FUNCTION)
+    tokenizer.default_chat_template = TEMPLATE
+    assert ChatTemplate().encode(tokenizer, FUNCTION) == raw
+    shown = tokenizer.decode(ChatTemplate(use_default=True).encode(tokenizer, FUNCTION))
+    assert shown.startswith("# user") and shown.endswith("def peek(self):\n")
+    tokenizer.chat_template = "{{ 'its own' }}"
+    assert tokenizer.decode(ChatTemplate(use_default=True).encode(tokenizer, FUNCTION)) == "its own"
 
 
 @pytest.mark.parametrize("config", ["{", "[1]", "x"])

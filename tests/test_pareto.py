@@ -105,7 +105,7 @@ def test_differences_of_shares(table, expected):
 
 
 def test_every_name_in_the_schema_is_documented(front):
-    page = (Path(__file__).parents[1] / "docs/dial.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/front.md").read_text(encoding="utf-8")
     names = {*front, *front["cells"][0], *front["settings"], *front["cells"][0]["recall"]}
     assert not {name for name in names if f"`{name}`" not in page}
 

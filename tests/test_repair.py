@@ -11,7 +11,7 @@ import pytest
 import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
-from pairs import PAIRS, difference, make_pair, reference_cache, tokens
+from pairs import PAIRS, difference, make_first_layers_pair, make_pair, reference_cache, tokens
 
 from kvpred_mlx import ExactPositions
 from kvpred_mlx.bench.studies import repair as bench
@@ -300,3 +300,52 @@ def test_the_benchs_command(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("2 prompts of 64 tokens, budget 1\n")
     with pytest.raises(typer.BadParameter, match="expected at least 5000"):
         bench.main(text, str(DEMO_PAIR), prompt_tokens=5000)
+
+
+@pytest.mark.parametrize("base", ["qwen3", "llama", "gemma3_text", "openelm"])
+@pytest.mark.parametrize("dial", [None, ExactPositions(depth=((1, 0.5), (2, 0.9))), ExactPositions(top=0.2)])
+def test_repair_of_a_first_layers_pair(base, dial):
+    """The cache ends exact; from the depth on, and not from the first layer, where hidden states tell all."""
+    pair = make_first_layers_pair(base, [1, 2], exact_positions=dial)
+    model, prompt = RepairingModel(pair, budget=1), tokens(60)
+    called = []
+    first = type(pair.base.layers[0])
+    plain = first.__call__
+
+    def noted(self, x, *args, **kwargs):
+        if self is pair.base.layers[0]:
+            called.append(x.shape[1])
+        return plain(self, x, *args, **kwargs)
+
+    first.__call__ = noted
+    try:
+        found, cache = generate(model, prompt, 14)
+    finally:
+        first.__call__ = plain
+    assert model.status.exact_from and model.status.slices
+    everything = mx.concatenate([prompt, mx.array([found])], axis=1)
+    assert difference(cache, reference_cache_of_base(pair, everything)) < TOLERANCE
+    since = model.status.exact_from
+    given = mx.concatenate([prompt, mx.array([found[:since]])], axis=1)
+    assert found[since:] == exact_continuation(pair, given, len(found) - since)
+    if dial is None or not dial.top:
+        assert pair.first_layers_reader.resumable(1) and not set(called) & {8, 16, 32}  # no slice begins below
+
+
+def reference_cache_of_base(pair, everything):
+    cache = make_prompt_cache(pair.base)
+    pair.base(everything, cache=cache)
+    return [*cache, None]
+
+
+def test_a_second_turn_of_a_first_layers_pair_is_repaired_whole():
+    """Hidden states of what an earlier turn predicted are gone: it is read from the first layer."""
+    pair = make_first_layers_pair("qwen3", [1])
+    first, second = tokens(50, 1), tokens(45, 2)
+    found, cache = generate(pair, first, 4)
+    logged = mx.concatenate([first, mx.array([found])], axis=1)
+    model = RepairingModel(pair, budget=1)
+    answer, cache = generate(model, second, 20, cache)
+    everything = mx.concatenate([logged, second, mx.array([answer])], axis=1)
+    assert model.status.exact_from
+    assert difference(cache, reference_cache_of_base(pair, everything)) < TOLERANCE

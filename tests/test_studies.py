@@ -14,7 +14,9 @@ from pairs import make_pair
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.studies import convert_memory, pieces
 
-STUDIES = [f"studies.{name}" for name in ("compare_sources", "draft", "pieces", "repair", "soak")]
+STUDIES = [
+    f"studies.{name}" for name in ("compare_sources", "draft", "first_layers", "pieces", "repair", "soak")
+]
 COMMANDS = [*STUDIES, "studies.convert_memory", "recipe.demo_pair", "readme"]
 
 

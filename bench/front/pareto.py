@@ -59,12 +59,7 @@ def pareto(
             another text; or no document is long enough.
         KeyboardInterrupt: passed on.
     """
-    short = [n for n in settings.prompt_lens if n <= pair.min_prompt_tokens]
-    if short:
-        raise ValueError(
-            f"prompt lengths {short}, expected more than {pair.min_prompt_tokens} tokens: "
-            "this pair runs its base alone for shorter prompts"
-        )
+    _check_lengths(pair, settings.prompt_lens)
     windows = {} if data is None else data.windows(settings)
     results = begin(
         SCHEMA,
@@ -195,6 +190,15 @@ class _Front:
     def _warn(self, note: str) -> None:
         warnings = self.results["warnings"]
         warnings += [note] if note not in warnings else []
+
+
+def _check_lengths(pair: KVPredictionModel, prompt_lens: Sequence[int]) -> None:
+    short = [n for n in prompt_lens if n <= pair.min_prompt_tokens]
+    if short:
+        raise ValueError(
+            f"prompt lengths {short}, expected more than {pair.min_prompt_tokens} tokens: "
+            "this pair runs its base alone for shorter prompts"
+        )
 
 
 def _check_same(before: Results, now: Results) -> None:

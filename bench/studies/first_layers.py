@@ -1,8 +1,8 @@
 """Pairs of a base's own first layers: quality by depth and by tokens, then by training.
 
-`python -m kvpred_mlx.bench.studies.first_layers --base BASE --depths 7,10,14,21 --data TRAIN --held-out HELD --folder FOLDER`
-records windows of real text and of planted facts once, fits closed forms on growing parts of them, scores every depth, and
-trains as the cache is used.  Every step is kept in FOLDER and passed over if it is there.
+`python -m kvpred_mlx.bench.studies.first_layers --base BASE --depths 7,10,14,21 --data TRAIN --held-out HELD \
+--folder FOLDER` records windows of real text and of planted facts once, fits closed forms on growing parts of them,
+scores every depth, and trains as the cache is used.  Every step is kept in FOLDER and passed over if it is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import typer
 
-from kvpred_mlx.bench.common import machine
+from kvpred_mlx.bench.common import command, machine
 from kvpred_mlx.bench.front.recall_score import questions
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
@@ -202,4 +202,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main)

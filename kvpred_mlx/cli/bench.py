@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import OpenedPair, locate, open_for_measuring, preset_name
-from kvpred_mlx.cli.values import set_device
+from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.ttft.run import Results
 
-NEEDED = {"scipy": "scipy", "psutil": "psutil"}
+NEEDED = ("scipy", "psutil")
 
 
 def bench(
@@ -48,17 +47,18 @@ def bench(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two results.json: the change of every ratio.")
     ] = None,
 ) -> None:
     """Measure how much sooner the first token comes than with a full base prefill."""
-    check_installed()
+    check_installed("bench", NEEDED)
     if compare is not None:
         return _compare(*compare)
     if preset == "list":
         return _list_presets()
-    given_dial = dial(exact_first, exact_last, exact_top)
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
     if model is not None and preset is not None:
         raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
@@ -188,10 +188,3 @@ def _compare(a: Path, b: Path) -> None:
     for name, one in zip("AB", results, strict=True):
         console.print(f"{name}: {one['pair']['name']}, {machine_line(one)}", markup=False, highlight=False)
     console.print(table)
-
-
-def check_installed() -> None:
-    """Refuse to begin without the packages of the extra `bench`."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f"the bench needs {' and '.join(missing)}: pip install 'kvpred-mlx[bench]'")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ def chat(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     draft_model: o.DraftModel = None,
     draft: o.Draft = None,
     num_draft_tokens: o.NumDraftTokens = 3,
 ) -> None:
     """Chat: each answer begins with a predicted prompt cache, and ends with its TTFT."""
-    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top)
+    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 

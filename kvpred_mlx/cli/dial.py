@@ -34,9 +34,26 @@ ExactTop = Annotated[
 ]
 
 
-def dial(first: int | None, last: str | None, top: float | None) -> dict[str, Any]:
+Depth = Annotated[
+    str | None,
+    typer.Option(
+        "--depth",
+        metavar="LAYERS[:SHARE],...",
+        help="How many of the base's first layers read the prompt, up to which share: 14, or 8:0.6,14:0.9.",
+    ),
+]
+
+
+def dial(first: int | None, last: str | None, top: float | None, depth: str | None = None) -> dict[str, Any]:
     """The fields of `ExactPositions` that a command's options give."""
-    given = {"first": first, "last": None if last is None else _count(last), "top": top}
+    given: dict[str, Any] = {"first": first, "last": None if last is None else _count(last), "top": top}
+    if depth is not None:
+        from kvpred_mlx.dial.positions import parse_depth
+
+        try:
+            given["depth"] = parse_depth(depth)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--depth") from error
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -47,6 +64,7 @@ def set_dial(pair: KVPredictionModel, given: dict[str, Any]) -> None:
 
     Raises:
         UnsupportedModelError: the pair's families cannot choose or compute the top positions.
+        ValueError: the pair has no maps for a depth.
     """
     from kvpred_mlx.dial.positions import ExactPositions
     from kvpred_mlx.pair.modes import Mode

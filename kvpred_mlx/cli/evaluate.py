@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +12,13 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.opening import one_pair, open_pair
-from kvpred_mlx.cli.values import names
+from kvpred_mlx.cli.values import check_installed, names
 from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
 
-NEEDED = {"scipy": "scipy", "psutil": "psutil", "lm_eval": "lm-eval", "datasets": "datasets"}
+NEEDED = ("scipy", "psutil", "lm-eval", "datasets")
 
 
 def evaluate(
@@ -65,9 +64,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
 ) -> None:
     """Evaluate a pair on tasks: the base alone, predicted, and the auxiliary alone, in one table."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f"eval needs {' and '.join(missing)}: pip install 'kvpred-mlx[eval]'")
+    check_installed("eval", NEEDED)
     from kvpred_mlx.bench.evaluate.run import Evaluation
     from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 

@@ -1,7 +1,8 @@
-"""`kvpred-mlx fit`: a pair out of two mlx-lm models, in closed form."""
+"""`kvpred-mlx fit`: a pair out of one or two mlx-lm models, in closed form."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from kvpred_mlx.cli import options as o
 
 
 def fit(
-    data: o.Data,
+    data: o.DataPaths = None,
     base: o.Base = None,
     auxiliary: o.Auxiliary = None,
     auxiliary_layers: o.AuxiliaryLayers = None,
@@ -25,19 +26,34 @@ def fit(
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Regularization; chosen on held-out tokens without it.")
     ] = None,
+    windows: o.FigureWindows = None,
+    record: o.RecordFolder = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the sums of an interrupted fit.")
+    ] = False,
     text_key: o.TextKey = "text",
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
     overwrite: o.Overwrite = False,
     upload_repo: o.UploadRepo = None,
 ) -> None:
-    """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
+    """Make a pair: of a base and its own first layers, or of two models with the same tokenizer, in minutes."""
+    from kvpred_mlx.making.data import check_paths
     from kvpred_mlx.making.settings import FitSettings
 
-    models = making.TwoModels(base, auxiliary, auxiliary_layers)
+    models = making.Models(base, auxiliary, auxiliary_layers)
     output = making.Output(mlx_path, overwrite, upload_repo)
     settings = FitSettings(tokens, batch_size, making.check_source(source), layer_map, ridge, seed)
     output.check()
-    training, held_out = making.read_data(data, text_key)
-    begun = making.fit_pair(models, training, max_seq_length, data, settings)
+    check_paths(data or [])
+    sums = mlx_path.with_name(f"{mlx_path.name}.fitting")
+    if restart:
+        shutil.rmtree(sums, ignore_errors=True)
+    chosen = models.load()
+    training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
+    begun = making.fit_pair(chosen, training, max_seq_length, settings, sums)
     begun.made += ["Made with `kvpred-mlx fit`, not trained."]
-    output.save(begun, making.held_out_figures(begun, held_out, max_seq_length))
+    output.save(begun)
+    shutil.rmtree(sums, ignore_errors=True)
+    if record is not None:
+        making.record_windows(begun, training, max_seq_length, record, tokens // max_seq_length)
+    output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length, windows))

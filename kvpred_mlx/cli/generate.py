@@ -12,8 +12,8 @@ import typer
 import typer.core
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, open_pair, use_default_template
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, open_pair
 from kvpred_mlx.cli.prompt import ChatTemplate, read_prompt
 from kvpred_mlx.cli.prompt_cache import OPTION as CACHE_OPTION
 from kvpred_mlx.cli.prompt_cache import SavedCache, read_cache
@@ -90,6 +90,7 @@ def generate(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Recompute the prompt exactly behind the first token.")
     ] = False,
@@ -112,9 +113,11 @@ def generate(
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
     text, drafts_with = read_prompt(prompt), draft_model or draft
     _check(repair, repair_budget, drafts_with, prompt_cache_file)
-    given_dial = dial(exact_first, exact_last, exact_top)
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
     config = json_object("--chat-template-config", chat_template_config)
-    template = ChatTemplate(ignore_chat_template, system_prompt, prefill_response, config)
+    template = ChatTemplate(
+        ignore_chat_template, use_default_chat_template, system_prompt, prefill_response, config
+    )
 
     import mlx.core as mx
     from mlx_lm.generate import str2bool
@@ -131,8 +134,6 @@ def generate(
     tokenizer = opened.tokenizer
     for token in extra_eos_token or []:
         tokenizer.add_eos_token(token)
-    if use_default_chat_template:
-        use_default_template(tokenizer)
     sampler = make_sampler(
         temp, top_p, min_p, min_tokens_to_keep, top_k, xtc_probability, xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),

@@ -139,7 +139,7 @@ def open_for_measuring(
 
 
 def use_default_template(tokenizer: TokenizerWrapper) -> None:
-    """mlx-lm's `--use-default-chat-template`: the default of the tokenizer's class, if it has no other and there is one."""
+    """mlx-lm's `--use-default-chat-template`: that of the tokenizer's class, if it has no other and there is one."""
     default = getattr(tokenizer, "default_chat_template", None)
     if not tokenizer.has_chat_template and default is not None:
         tokenizer.chat_template = default

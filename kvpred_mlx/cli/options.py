@@ -112,6 +112,14 @@ Data = Annotated[Path, typer.Option("--data", help="Text, JSONL, or a directory 
 OptionalData = Annotated[
     Path | None, typer.Option("--data", help="Text, JSONL, or a directory of such files.")
 ]
+DataPaths = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        help="Text, JSONL (texts or conversations), or a directory of such files; may be repeated. Default: the text "
+        "that mlx-lm calibrates its quantizers on.",
+    ),
+]
 TextKey = Annotated[str, typer.Option("--text-key", help="Where a JSONL line has its text.")]
 AllDocuments = Annotated[
     bool,
@@ -135,7 +143,8 @@ AuxiliaryLayers = Annotated[
     str | None,
     typer.Option(
         "--auxiliary-layers",
-        help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,...",
+        help="Instead of --auxiliary: the base's own first layers, first:0.5 (default), first:14, or first:8,14 with "
+        "maps for both; or some of its layers as a model of their own, 0.25, 0.5, 0.75 or 0,4,8,...",
     ),
 ]
 Source = Annotated[
@@ -146,6 +155,18 @@ LayerMap = Annotated[
     str, typer.Option("--layer-map", help="auto, even, or an auxiliary layer for each base layer.")
 ]
 MaxSeqLength = Annotated[int, typer.Option("--max-seq-length", min=2, help="Tokens of a sequence.")]
+FigureWindows = Annotated[
+    int | None,
+    typer.Option(
+        "--windows",
+        min=1,
+        help="Held-out prompts of each length for the figures. Default: a quarter of the fit's time.",
+    ),
+]
+RecordFolder = Annotated[
+    Path | None,
+    typer.Option("--record", help="Folder for what the models make of windows of the text, to train on."),
+]
 MlxPath = Annotated[Path, typer.Option("--mlx-path", help="The directory to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")]
 UploadRepo = Annotated[

@@ -11,9 +11,9 @@ import typer
 
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.bench import check_installed
+from kvpred_mlx.cli.bench import NEEDED
 from kvpred_mlx.cli.opening import one_pair, open_for_measuring
-from kvpred_mlx.cli.values import set_device
+from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def pareto(
     seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
 ) -> None:
     """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
-    check_installed()
+    check_installed("bench", NEEDED)
     names = _methods(methods)
     if names is None:
         return

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from kvpred_mlx.cli.opening import use_default_template
+
 QUERY = "<query>"
 
 
@@ -38,10 +40,13 @@ class ChatTemplate:
     """How a text becomes a conversation: mlx-lm's options of the same names.
 
     Args:
+        ignore: the raw prompt.
+        use_default: a tokenizer without a template takes its class's default, if there is one.
         config: more arguments of the template.
     """
 
     ignore: bool = False
+    use_default: bool = False
     system_prompt: str | None = None
     prefill_response: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +57,8 @@ class ChatTemplate:
         Args:
             is_suffix: what stands before the text in the conversation is in the prompt cache already.
         """
+        if self.use_default:
+            use_default_template(tokenizer)
         if self.ignore or not tokenizer.has_chat_template:
             self._warn()
             return tokenizer.encode(text)
@@ -84,6 +91,7 @@ class ChatTemplate:
             "--system-prompt": self.system_prompt is not None,
             "--prefill-response": self.prefill_response is not None,
             "--chat-template-config": bool(self.config),
+            "--use-default-chat-template": self.use_default,
         }
         unused = [option for option, is_given in given.items() if is_given]
         if unused:

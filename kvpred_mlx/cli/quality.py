@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair
 from kvpred_mlx.console import numbers, progress_bar
 
@@ -30,6 +30,7 @@ def quality(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     dequantize: o.Dequantize = False,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: o.AsJson = False,
@@ -40,7 +41,7 @@ def quality(
     from kvpred_mlx.making.quality import measure
     from kvpred_mlx.making.windows import cut_windows
 
-    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top)
+    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
     lengths = numbers("--prompt-lens", prompt_lens or [], 2) + numbers(
         "--prompt-tokens", prompt_tokens or [], 2
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair, use_default_template
 from kvpred_mlx.cli.values import json_object
 
@@ -28,6 +28,7 @@ def serve(
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     draft_model: o.DraftModel = None,
     draft: o.Draft = None,
     num_draft_tokens: o.NumDraftTokens = 3,
@@ -56,7 +57,7 @@ def serve(
 
     A request may override what is said here of its mode, draft and sampling. With --kv-bits there are no batches.
     """
-    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top)
+    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
     if log_level.upper() not in LEVELS:
         raise typer.BadParameter(f"{log_level!r}, expected {', '.join(LEVELS)}", param_hint="--log-level")
     template_args = json_object("--chat-template-args", chat_template_args)

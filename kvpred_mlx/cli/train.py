@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: o.Data,
+    data: o.DataPaths = None,
     model: Annotated[
         str | None, typer.Option(help="A pair to train on. Or two models, from which one is fitted:")
     ] = None,
@@ -51,7 +51,10 @@ def train(
     auxiliary_loss: Annotated[
         float, typer.Option(min=0, help="Weight of the auxiliary's cross-entropy.")
     ] = 1.0,
-    kv_loss: Annotated[float, typer.Option(min=0, help="Weight of the distance of keys and values.")] = 1.0,
+    kv_loss: Annotated[
+        float | None,
+        typer.Option(min=0, help="Weight of the distance of keys and values. Default: 1, with --as-used 0."),
+    ] = None,
     z_loss: Annotated[float, typer.Option(min=0, help="Weight of mean(logsumexp^2); CoreNet: 1e-4.")] = 0.0,
     freeze_auxiliary: Annotated[
         bool, typer.Option("--freeze-auxiliary", help="Train the predictor alone.")
@@ -59,6 +62,15 @@ def train(
     grad_checkpoint: Annotated[
         bool, typer.Option("--grad-checkpoint", help="Less memory, more time.")
     ] = False,
+    as_used: Annotated[
+        bool,
+        typer.Option(
+            "--as-used",
+            help="Train the predictor alone as a cache is used: prompt predicted, answer exact, on recorded windows.",
+        ),
+    ] = False,
+    record: o.RecordFolder = None,
+    windows: Annotated[int, typer.Option(min=1, help="With --as-used: windows to record.")] = 400,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Do not compile the step.")] = False,
     dtype: o.Dtype = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
@@ -69,13 +81,15 @@ def train(
     overwrite: o.Overwrite = False,
     upload_repo: o.UploadRepo = None,
 ) -> None:
-    """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
+    """Train a pair's predictor and auxiliary, the base frozen. Run again, it goes on where it stopped."""
+    from kvpred_mlx.making.as_used import AsUsedWeights, as_used_trainer
+    from kvpred_mlx.making.data import check_paths
     from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
     from kvpred_mlx.making.loss import LossWeights
     from kvpred_mlx.making.optimizers import LEARNING_RATES
     from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 
-    models = making.TwoModels(base, auxiliary, auxiliary_layers)
+    models = making.Models(base, auxiliary, auxiliary_layers)
     if model is not None and (models or source is not None):
         raise typer.BadParameter(
             "given with two models or a source, expected a pair alone", param_hint="--model"
@@ -102,25 +116,38 @@ def train(
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
-    training, held_out = making.read_data(data, text_key)
-    begun = (
-        making.open_to_train(model) if model else making.fit_pair(models, training, max_seq_length, data, fit)
-    )
-    packed = making.pack(begun.tokenizer, training, max_seq_length, data)
+    check_paths(data or [])
+    if model is not None:
+        begun = making.open_to_train(model)
+        training, held_out = making.read_data(data or [], text_key, begun.tokenizer)
+    else:
+        chosen = models.load()
+        training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
+        begun = making.fit_pair(chosen, training, max_seq_length, fit)
     with restored_types(begun.pair):
-        trainer = joint_trainer(
-            begun.pair, packed, settings, LossWeights(auxiliary_loss, kv_loss, z_loss), states,
-            freeze_auxiliary=freeze_auxiliary, grad_checkpoint=grad_checkpoint, compiled=not no_compile,
-        )  # fmt: skip
+        if as_used:
+            folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")
+            recording = making.record_windows(begun, training, max_seq_length, folder, windows)
+            weights = AsUsedWeights(kv=kv_loss or 0.0)
+            trainer = as_used_trainer(begun.pair, recording, settings, weights, states)
+            how = f"The predictor was trained as it is used on {iters * batch_size:,} windows"
+        else:
+            packed = making.pack(begun.tokenizer, training, max_seq_length)
+            joint = LossWeights(auxiliary_loss, 1.0 if kv_loss is None else kv_loss, z_loss)
+            trainer = joint_trainer(
+                begun.pair, packed, settings, joint, states,
+                freeze_auxiliary=freeze_auxiliary, grad_checkpoint=grad_checkpoint, compiled=not no_compile,
+            )  # fmt: skip
+            tokens = iters * batch_size * grad_accumulation_steps * max_seq_length
+            trained = "Maps" if begun.pair.auxiliary is None else "Auxiliary and predictor"
+            how = f"{trained} were trained together on {tokens:,} tokens"
         _run(trainer, settings, states)
     if trainer.group.rank():
         return
-    tokens = iters * batch_size * grad_accumulation_steps * max_seq_length
-    begun.made += [
-        f"Auxiliary and predictor were trained together on {tokens:,} tokens with `kvpred-mlx train`."
-    ]
-    output.save(begun, making.held_out_figures(begun, held_out, max_seq_length))
+    begun.made += [f"{how} with `kvpred-mlx train`."]
+    output.save(begun)
     shutil.rmtree(states, ignore_errors=True)
+    output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length))
 
 
 def _run(trainer: Any, settings: TrainingSettings, states: Path) -> None:

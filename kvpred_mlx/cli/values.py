@@ -1,8 +1,9 @@
-"""What is written on the command line, as values: names, JSON, a device."""
+"""What is written on the command line, as values: names, JSON, a device; and the extras that commands need."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -36,3 +37,10 @@ def set_device(device: str | None) -> None:
     if not mx.is_available(getattr(mx, device)):
         raise typer.BadParameter(f"{device!r} is not available in this build of MLX", param_hint="--device")
     mx.set_default_device(getattr(mx, device))
+
+
+def check_installed(extra: str, packages: tuple[str, ...]) -> None:
+    """Refuse to begin without the packages of an extra."""
+    missing = [package for package in packages if find_spec(package.replace("-", "_")) is None]
+    if missing:
+        raise ImportError(f"{extra} needs {' and '.join(missing)}: pip install 'kvpred-mlx[{extra}]'")

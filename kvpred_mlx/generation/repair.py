@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -77,7 +79,8 @@ class RepairingModel(nn.Module):
         work, entry = self._work, cache[-1]
         if inputs.shape[1] > 1:
             work.start(cache)
-            return self.pair(inputs, cache=cache)
+            with work.watching(cache):
+                return self.pair(inputs, cache=cache)
         if not work.steps:
             work.needed = isinstance(entry, AuxiliaryCache) and entry.exact_tokens < entry.size()
             if work.needed:
@@ -95,7 +98,8 @@ class RepairingModel(nn.Module):
                     work.read(entry, self.status)
                 else:
                     work.give_up(self.status)
-        return self.pair(inputs, cache=cache)
+        with work.watching(cache):
+            return self.pair(inputs, cache=cache)
 
     @property
     def layers(self) -> list[Any]:
@@ -112,12 +116,17 @@ class _Work:
 
     Times are those from one call to the next, so that all a slice causes counts, also that decoding no longer runs
     ahead.
+
+    Where the base's own first layers read, their entries are exact already, also those of generated tokens: repair
+    begins at the depth, from the hidden states that layer read, which are kept.
     """
 
     def __init__(self, pair: KVPredictionModel, budget: float, max_kv_size: int | None):
         self._pair, self._max_kv_size = pair, max_kv_size
         self._per_second = budget / max(1 - budget, 1e-9)  # seconds earned by a second of decoding
         self._cache: list[Any] | None = None
+        self._depth: int | None = None  # the layer to begin at (None: the first)
+        self._hidden: list[mx.array] = []  # what it read, of the tokens that are still to be read
         self._read = self.steps = 0
         self._credit = 0.0
         self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
@@ -133,11 +142,43 @@ class _Work:
         if self._cache is not None or not isinstance(cache[-1], AuxiliaryCache):
             return
         exact = cache[-1].exact_tokens
+        self._depth = self._shallowest() if exact == cache[-1].size() else None
         self._cache = make_prompt_cache(self._pair.base, self._max_kv_size)
         if exact and can_trim_prompt_cache(cache[:-1]):
             self._cache = copy.deepcopy(cache[:-1])
             trim_prompt_cache(self._cache, cache[-1].size() - exact)
             self._read = exact
+
+    def _shallowest(self) -> int | None:
+        """The layer that repair can begin at, if not at the first."""
+        reader, dial = self._pair.first_layers_reader, self._pair.exact_positions
+        if reader is None or (dial and dial.top):  # tokens in the middle would come twice
+            return None
+        depth = min((k for k, _ in dial.depth), default=reader.depth) if dial else reader.depth
+        return depth if reader.resumable(depth) else None
+
+    @contextmanager
+    def watching(self, cache: list[Any]) -> Iterator[None]:
+        """Keep hidden states of the block's call, as long as they may be needed."""
+        reader = self._pair.first_layers_reader
+        if reader is None or self._depth is None or self._cache is None:
+            yield
+            return
+        with reader.watched(self._depth, cache[:-1], self._hidden):
+            yield
+
+    def _process(self, tokens: mx.array) -> None:
+        """Read the next `tokens` [1, L] into the second cache."""
+        assert self._cache is not None
+        reader = self._pair.first_layers_reader
+        if reader is None or self._depth is None:
+            self._pair.base(tokens, cache=self._cache)
+        else:
+            hidden = mx.concatenate(self._hidden, axis=1)
+            n = tokens.shape[1]
+            reader.resume(self._depth, hidden[:, :n], tokens, self._cache)
+            self._hidden = [hidden[:, n:]]
+        self._read += tokens.shape[1]
 
     def lag(self, entry: AuxiliaryCache) -> int:
         """Tokens that the first cache has and the second has not."""
@@ -185,28 +226,33 @@ class _Work:
 
     def give_up(self, status: RepairStatus) -> None:
         """No more slices; the second cache is let go."""
-        self.needed, self._cache, status.given_up = False, None, True
+        self.needed, self._cache, self._hidden, status.given_up = False, None, [], True
 
     def read(self, entry: AuxiliaryCache, status: RepairStatus) -> None:
         """The next slice."""
         assert self._cache is not None
         began = time.perf_counter()
         tokens = entry.tail(self.lag(entry))[:, : self.slice]
-        self._pair.base(tokens, cache=self._cache)
-        mx.eval([c.state for c in self._cache])
+        self._process(tokens)
+        mx.eval([c.state for c in self._cache[self._depth or 0 :]], self._hidden)
         self._own = time.perf_counter() - began
         self._sliced = tokens.shape[1]
-        self._read += self._sliced
         status.slices += 1
 
     def finish(self, inputs: mx.array, cache: list[Any], status: RepairStatus) -> mx.array:
         """The last slice and the decode step in one; from here on the second cache is the cache."""
         assert self._cache is not None
         entry: AuxiliaryCache = cache[-1]
-        rest = mx.concatenate([entry.tail(self.lag(entry)).astype(inputs.dtype), inputs], axis=1)
-        logits = self._pair.base(rest, cache=self._cache)[:, -1:]
-        cache[:-1] = self._cache
-        self.needed = False
+        rest = entry.tail(self.lag(entry)).astype(inputs.dtype)
+        if self._depth is None:
+            logits = self._pair.base(mx.concatenate([rest, inputs], axis=1), cache=self._cache)[:, -1:]
+            cache[:-1] = self._cache
+        else:
+            if rest.size:
+                self._process(rest)
+            cache[self._depth : -1] = self._cache[self._depth :]
+            logits = self._pair.base(inputs, cache=cache[:-1])
+        self.needed, self._hidden, self._cache = False, [], None
         status.exact_from = self.steps - 1
         entry.repaired()
         return mx.depends(logits, entry.decoded(inputs))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.taps.kv import KV
 
 
 class ExplainedVariance:
     """Sums for the explained variance of predicted keys and values, layer by layer."""
 
     def __init__(self, pair: KVPredictionModel):
-        self._pair, self._count = pair, 0
+        self._count = 0
         self._sums = [[_Deviation(width) for width in widths] for widths in pair.base_taps.widths]
 
-    def add(self, tokens: mx.array) -> None:
-        """Read `tokens` [B, L]."""
-        true, _ = self._pair.base_taps.record(tokens)
-        predicted = self._pair.predictor(self._pair.auxiliary_features(tokens))
+    def add(self, true: Sequence[KV], predicted: Sequence[KV]) -> None:
+        """Add raw keys and values of every KV layer, `[B, L, width]`."""
         for sums, *layer in zip(self._sums, predicted, true, strict=True):
             for deviation, p, t in zip(sums, *layer, strict=True):
                 deviation.add(p, t)
-        self._count += tokens.size
+        self._count += true[0].keys.shape[0] * true[0].keys.shape[1]
 
     def explained(self) -> dict[str, list[float]]:
         """1 - squared errors / squared deviations from the mean; 0 where a layer has no values of its own."""

@@ -15,7 +15,9 @@ from kvpred_mlx.making.estimates import Estimate, Resampling
 from kvpred_mlx.making.explained_variance import ExplainedVariance
 from kvpred_mlx.making.windows import Windows
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.progress import ProgressCallback, no_progress
+from kvpred_mlx.taps.kv import KV
 
 # From a prompt's tokens [B, P] to a model and a cache that holds all of them but the last.
 Prefill = Callable[[mx.array], tuple[nn.Module, list[Any]]]
@@ -86,22 +88,25 @@ def measure(
     """Score the continuations after every mode's prompt cache.
 
     Args:
-        modes: `exact` and `no prompt` must be among them (default: `modes_of(pair)`).
+        modes: `exact` (the base's own prefill, whose pass tells explained variances too) and `no prompt` must be among
+            them (default: `modes_of(pair)`).
         over: the mode that `gains` are over.
         progress: called with the number of windows done and their total.
     """
     modes = modes_of(pair) if modes is None else modes
+    others = {name: prefill for name, prefill in modes.items() if name != "exact"}
     scores: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in modes}
     variance = ExplainedVariance(pair)
     for start in range(0, len(windows), batch_size):
         chosen = slice(start, start + batch_size)
         prompts, continuations = mx.array(windows.prompts[chosen]), mx.array(windows.continuations[chosen])
-        exact: np.ndarray | None = None
-        for name in sorted(modes, key=lambda name: name != "exact"):
-            guesses, losses = _score(modes[name], prompts, continuations)
-            exact = guesses if exact is None else exact
+        cache, true, predicted = _exact(pair, prompts[:, :-1])
+        exact, losses = _score(pair.base, cache, prompts, continuations)
+        variance.add(true, predicted)
+        scores["exact"].append(_metrics(exact, losses, exact, windows, chosen))
+        for name, prefill in others.items():
+            guesses, losses = _score(*prefill(prompts), prompts, continuations)
             scores[name].append(_metrics(guesses, losses, exact, windows, chosen))
-        variance.add(prompts[:, :-1])
         progress(min(start + batch_size, len(windows)), len(windows))
     resampling = Resampling(windows.documents, seed)
     means = {
@@ -116,9 +121,20 @@ def measure(
     )  # fmt: skip
 
 
-def _score(prefill: Prefill, prompts: mx.array, continuations: mx.array) -> tuple[np.ndarray, np.ndarray]:
+def _exact(pair: KVPredictionModel, tokens: mx.array) -> tuple[list[Any], list[KV], list[KV]]:
+    """The exact cache of `tokens` [B, L], true raw keys and values of the same pass, and the predicted ones."""
+    cache, inputs = make_prompt_cache(pair.base), list[mx.array]()
+    true, _ = pair.base_taps.record(tokens, cache, inputs=inputs)
+    if isinstance(pair.predictor, FirstLayersPredictor):
+        depth = pair.predictor.depths[-1]
+        return cache, true, [*true[: depth + 1], *pair.predictor.behind(depth)(inputs[depth])]
+    return cache, true, pair.predict(tokens)
+
+
+def _score(
+    model: nn.Module, cache: list[Any], prompts: mx.array, continuations: mx.array
+) -> tuple[np.ndarray, np.ndarray]:
     """Most likely tokens and losses at every scored position, `[B, N]` each."""
-    model, cache = prefill(prompts)
     logits = model(mx.concatenate([prompts[:, -1:], continuations[:, :-1]], axis=1), cache=cache)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), continuations)
     return np.array(mx.argmax(logits, axis=-1)), np.array(losses)

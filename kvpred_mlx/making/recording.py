@@ -1,8 +1,8 @@
 """What models make of a fixed set of windows, on disk: recorded once, read as often as one likes.
 
-A recording holds, for every window, the prompt's features and the base's raw keys and values, and the exact base's most
-likely tokens with their probabilities at every scored position.  Arrays are memory-mapped; keys and values are stored in
-half precision, less their means.
+A recording holds, for every window, the prompt's features and the base's raw keys and values, and the exact base's
+most likely tokens with their probabilities at every scored position.  Arrays are memory-mapped; keys and values are
+stored in half precision, less their means.
 """
 
 from __future__ import annotations

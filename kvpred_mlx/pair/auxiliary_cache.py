@@ -41,8 +41,8 @@ class AuxiliaryCache(CacheList):
     *provisional*: it may be a prompt's end, or a speculative decoder's draft.  Decoding after it settles that it was an
     end; winding back (`trim`) that it was a draft, and what is left of it is `to_redo`.
 
-    The log is an mlx-lm `KVCache` whose "keys" are token ids, `[B, 1, tokens, 1]`: batching, padding, rolling and saving
-    are then mlx-lm's own.
+    The log is an mlx-lm `KVCache` whose "keys" are token ids, `[B, 1, tokens, 1]`: batching, padding, rolling and
+    saving are then mlx-lm's own.
 
     Args:
         caches: the auxiliary's caches, as `make_prompt_cache` gives them; none without an auxiliary.

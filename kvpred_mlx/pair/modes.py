@@ -50,7 +50,7 @@ class Mode:
             field, _, value = part.partition("=")
             if field not in _DIAL:
                 raise ValueError(
-                    f"mode {part!r}, expected exact, predicted, or a dial such as exact-last=32, exact-top=0.1 or depth=14"
+                    f"mode {part!r}, expected exact, predicted, or a dial: exact-last=32, exact-top=0.1, depth=14"
                 )
             given[_DIAL[field]] = parse_depth(value) if field == "depth" else _number(part, value)
         return cls(positions=_positions(given))

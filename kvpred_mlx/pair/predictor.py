@@ -36,8 +36,8 @@ class Predictor(nn.Module):
         source: what is read of the auxiliary, one of `kvpred_mlx.pair.sources.SOURCES`.
 
     Raises:
-        ValueError: if there is no such source, the map's length is not the base's number of KV layers, an entry is not an
-            auxiliary layer, or values would be predicted from a layer that has none.
+        ValueError: if there is no such source, the map's length is not the base's number of KV layers, an entry is not
+            an auxiliary layer, or values would be predicted from a layer that has none.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Predictor(nn.Module):
 class FirstLayersPredictor(nn.Module):
     """Predicts the base's later layers from what one of its own earlier layers reads.
 
-    For each depth k one `Predictor`, `first_k`: from what the projections of KV layer k read, `[B, L, D]`, to raw keys and
-    values of the layers k + 1, k + 2, ...  Layers up to k need none: the base computes them itself.
+    For each depth k one `Predictor`, `first_k`: from what the projections of KV layer k read, `[B, L, D]`, to raw keys
+    and values of the layers k + 1, k + 2, ...  Layers up to k need none: the base computes them itself.
 
     Args:
         depths: how many layers are run, ascending; the deepest is what a pair uses unless its dial says otherwise.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from kvpred_mlx.dial.importance import Heard, Importance
 from kvpred_mlx.dial.plan import Call, Span, keeps_all
+from kvpred_mlx.dial.rows import close
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.pair import cpu_prefill
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
@@ -148,6 +149,7 @@ class FirstLayersReader:
              ("input", predictor.auxiliary_widths, [(w, w) for w in base.input_widths], base))
         )  # fmt: skip
         self._base, self._predictor = base, predictor
+        self._resumable: dict[int, bool] = {}
         self.importance = Importance(base.model)
 
     @property
@@ -186,12 +188,52 @@ class FirstLayersReader:
         for depth in self._predictor.depths:
             cache = make_prompt_cache(self._base.model)
             self.fill(tokens, cache, depth=depth)
-            pairs = [(a.state, b.state) for a, b in zip(plain[: depth + 1], cache, strict=False)]
-            same = [mx.array_equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)]
+            pairs = _pairs(plain[: depth + 1], cache[: depth + 1])
+            same = [mx.array_equal(x, y) for x, y in pairs]
             if not all(bool(one) for one in same):
                 raise UnsupportedModelError(
                     f"{self._base.family}: its first {depth} layers do not stand alone"
                 )
+
+    @contextmanager
+    def watched(self, depth: int, cache: list[Any], kept: list[mx.array]) -> Iterator[None]:
+        """Keep what layer `depth` reads, the hidden states [B, L, D], of every call with `cache`."""
+        with self._base.layers.watched(self._base.layer_of(depth), cache[depth], kept):
+            yield
+
+    def resume(self, depth: int, hidden: mx.array, tokens: mx.array, cache: list[Any]) -> None:
+        """Process `tokens` [B, L] from what layer `depth` read of them, `hidden` [B, L, D], on.
+
+        Args:
+            cache: entries from `depth` on are updated in place; those before are not asked for.
+        """
+        later = cache[depth:]
+        # Masks are made from the caches of layers that do not run: they must stand where the later ones do.
+        before = [next((c for c in later if type(c) is type(own)), later[0]) for own in cache[:depth]]
+        with self._base.layers.resumed(self._base.layer_of(depth), hidden):
+            self._base.model(tokens, cache=[*before, *later])
+
+    def resumable(self, depth: int) -> bool:
+        """Whether the family can begin at a layer: tried once, on a few tokens, against its ordinary prefill."""
+        if depth not in self._resumable:
+            self._resumable[depth] = self._try_to_resume(depth)
+        return self._resumable[depth]
+
+    def _try_to_resume(self, depth: int) -> bool:
+        tokens, cut = mx.arange(PROBE_TOKENS)[None], PROBE_TOKENS // 2
+        plain, again, kept = (
+            make_prompt_cache(self._base.model),
+            make_prompt_cache(self._base.model),
+            list[mx.array](),
+        )
+        try:
+            with self.watched(depth, plain, kept):
+                self._base.model(tokens, cache=plain)
+            for part in (slice(cut), slice(cut, None)):
+                self.resume(depth, kept[0][:, part], tokens[:, part], again)
+            return all(close(x, y) for x, y in _pairs(plain[depth:], again[depth:]))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+            return False  # a family whose layers do more than follow one from the other
 
     def begin(self, tokens: mx.array, call: Call, read: int, entry: AuxiliaryCache) -> Filling:
         return _FirstLayersReading(self, self._base, tokens, call, read)
@@ -233,6 +275,13 @@ def with_logits(base: KVTaps, inject: Callable[..., mx.array], cache: list[Any])
     aside = copy.deepcopy(cache)
     inject(cache, logits=False)
     return inject(aside, logits=True)
+
+
+def _pairs(some: Sequence[Any], others: Sequence[Any]) -> list[tuple[mx.array, mx.array]]:
+    """Keys with keys and values with values of two caches; arrays without columns are left out."""
+    entries = zip(some, others, strict=True)
+    found = [pair for a, b in entries for pair in zip(a.keys_and_values(), b.keys_and_values(), strict=True)]
+    return [(x, y) for x, y in found if x.size]
 
 
 def _check_widths(parts: Sequence[tuple[str, Sequence[Any], Sequence[Any], KVTaps]]) -> None:

@@ -1,4 +1,4 @@
-"""mlx-lm's generation thread with a pair: one model in several modes, which are never mixed in a batch or a prompt cache."""
+"""mlx-lm's generation thread with a pair: one model in several modes, never mixed in a batch or a prompt cache."""
 
 from __future__ import annotations
 

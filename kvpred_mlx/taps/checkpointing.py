@@ -33,7 +33,7 @@ class Flow:
         given: arrays to inject.
         kept: recorded arrays.
         norms: what key norms gave; None if nobody asks.
-        derive: what is to be injected once `kept` has the array of the call `source`; None if it does not depend on one.
+        derive: what is to be injected once `kept` has the array of the call `source`; None if nothing waits for it.
     """
 
     given: dict[Call, Arrays] = field(default_factory=dict)

@@ -309,7 +309,7 @@ class KVTaps:
         return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
 
     def _given(self, kv: Sequence[KV], first: int = 0) -> dict[Call, Arrays]:
-        """What each call of a projection is given, from KV layer `first` on: both arrays if it is fused, else its own."""
+        """What each call of a projection is given, from KV layer `first` on: both arrays if fused, else its own."""
         given: dict[Call, Arrays] = {}
         for calls, layer in zip(self._layers[first:], kv, strict=True):
             if calls[0] in self._fused_at:

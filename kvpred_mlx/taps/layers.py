@@ -53,11 +53,11 @@ class Layers:
             yield
 
     @contextmanager
-    def watched(self, layer: int, kept: list[mx.array]) -> Iterator[None]:
-        """Append what `layer` reads, the hidden states [B, L, D], to `kept` at every call."""
+    def watched(self, layer: int, entry: Any, kept: list[mx.array]) -> Iterator[None]:
+        """Append what `layer` reads, the hidden states [B, L, D], to `kept` at every call with its cache `entry`."""
 
         def watch(layers: list[Any]) -> list[Any]:
-            return [*layers[:layer], _Watched(layers[layer], kept), *layers[layer + 1 :]]
+            return [*layers[:layer], _Watched(layers[layer], entry, kept), *layers[layer + 1 :]]
 
         with self._seen(watch):
             yield
@@ -96,12 +96,13 @@ class _StandIn:
 
 
 class _Watched(_StandIn):
-    def __init__(self, layer: nn.Module, kept: list[mx.array]):
+    def __init__(self, layer: nn.Module, entry: Any, kept: list[mx.array]):
         super().__init__(layer)
-        self._kept = kept
+        self._entry, self._kept = entry, kept
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self._kept.append(x)
+        if any(given is self._entry for given in (*args, *kwargs.values())):
+            self._kept.append(x)
         return self._layer(x, *args, **kwargs)
 
 
