@@ -22,8 +22,7 @@ from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import check_absent, new_directory
 from kvpred_mlx.pair.loading import pair_config, quantization_config
 from kvpred_mlx.pair.model import Model, ModelArgs, build_model
-
-Progress = Callable[[int, int], None]
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def convert_checkpoint(
     dtype: mx.Dtype | None = None,
     quantization: Quantization | None = None,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> None:
     """Convert a CoreNet KV Prediction or OpenELM checkpoint into an MLX model directory.
 
@@ -193,12 +192,12 @@ def _fill(
     plan: _Plan,
     read: Callable[[str], mx.array],
     quantization: Quantization | None,
-    progress: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> None:
     for path, names in plan.blocks.items():
         plan.model.load_weights([(ours, read(name)) for ours, name in names.items()], strict=False)
         _finish(plan.model, path, quantization)
-        progress(len(names))
+        advance(len(names))
     if isinstance(plan.model, Model):
         predictor = plan.model.predictor
         keys, values = (
@@ -210,7 +209,7 @@ def _fill(
         )
         predictor.load_maps(keys, values)
         _finish(plan.model, "predictor", quantization)
-        progress(4 * len(keys))
+        advance(4 * len(keys))
 
 
 def _finish(model: nn.Module, path: str, quantization: Quantization | None) -> None:
