@@ -20,7 +20,7 @@ MODULES = {
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, uncompiled):
     """Sizes that take seconds; the models that trainings began with."""
     monkeypatch.setattr(corpus, "modules", lambda: MODULES)
     monkeypatch.setattr(demo_pair, "VOCABULARY", 300)
