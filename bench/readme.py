@@ -6,12 +6,17 @@ Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
+from typing import Annotated
 
-from kvpred_mlx.bench.common.results import read
-from kvpred_mlx.bench.front import report as pareto_report
-from kvpred_mlx.bench.ttft.report import machine_line, machine_text, markdown
+import typer
+
+from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.common.results import Results, machine_text
+from kvpred_mlx.bench.front import files as front_files
+from kvpred_mlx.bench.front import report as front_report
+from kvpred_mlx.bench.ttft import files as ttft_files
+from kvpred_mlx.bench.ttft import report as ttft_report
 
 RESULTS = Path(__file__).with_name("results")
 BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -28,20 +33,34 @@ def with_tables(text: str) -> str:
 
 def _block(kind: str, folder: str) -> str:
     path = RESULTS / folder / "results.json"
-    if kind in ("recall", "gain"):
-        table = {"recall": pareto_report.recall_markdown, "gain": pareto_report.gain_markdown}[kind]
-        return f"<!-- {kind}: {folder} -->\n\n{table(pareto_report.read(path))}\n\n<!-- end -->"
-    if kind == "bench":
-        results = read(path)
-        table, machine = markdown(results), machine_line(results)
-    else:
-        results = pareto_report.read(path)
-        table, machine = pareto_report.markdown(results), machine_text(results)
-        machine = f"{data}. {machine}" if (data := pareto_report.data_line(results)) else machine
-    command = " ".join(results["command"])
-    return f"<!-- {kind}: {folder} -->\n\n{table}\n\n`{command}`\n\n{machine}.\n\n<!-- end -->"
+    made = _ttft(path) if kind == "bench" else _front(kind, path)
+    return f"<!-- {kind}: {folder} -->\n\n{made}\n\n<!-- end -->"
+
+
+def _ttft(path: Path) -> str:
+    results = ttft_files.read(path)
+    return _with_origin(results, ttft_report.markdown(results), ttft_report.machine_line(results))
+
+
+def _front(kind: str, path: Path) -> str:
+    results = front_files.read(path)
+    if kind == "recall":
+        return front_report.recall_markdown(results)
+    if kind == "gain":
+        return front_report.gain_markdown(results)
+    origin = [front_report.data_line(results), machine_text(results)]
+    return _with_origin(results, front_report.markdown(results), ". ".join(filter(None, origin)))
+
+
+def _with_origin(results: Results, table: str, origin: str) -> str:
+    return f"{table}\n\n`{' '.join(results['command'])}`\n\n{origin}."
+
+
+def main(pages: Annotated[list[Path], typer.Argument(help="Markdown files with such places.")]) -> None:
+    """Write the tables of bench/results/ into pages."""
+    for page in pages:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for page in map(Path, sys.argv[1:]):
-        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    command.run(main)

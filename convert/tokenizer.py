@@ -194,7 +194,7 @@ def _dummy_prefix(added: list[str]) -> list[normalizers.Normalizer]:
 def _charsmap_steps(
     charsmap: bytes, rules: dict[str, str], symbols: list[str]
 ) -> list[normalizers.Normalizer]:
-    # Precompiled looks up a grapheme by its shortest rule, SentencePiece takes the longest rule at each place.
+    # Precompiled looks up a grapheme by its shortest rule, SentencePiece takes the longest one at each place.
     # So give it single characters, and let NFC compose the characters which rules join, and only those.
     before: dict[str, set[str]] = defaultdict(set)
     for key in rules:

@@ -1,11 +1,11 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,3 +47,13 @@ def _swap_in(beside: Path, path: Path) -> None:
     path.rename(old)
     beside.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, make: Callable[[Path], object]) -> None:
+    """Let `make` write a file beside `path`, and put it in its place."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        make(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

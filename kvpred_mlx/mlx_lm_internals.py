@@ -1,76 +1,208 @@
 """What kvpred-mlx uses of mlx-lm beyond its documented functions, in one place, for mlx-lm>=0.32,<0.33.
 
-`USED` names every class, function and method that is subclassed, replaced or called, with the parameters that are
-counted on.  After a change of mlx-lm's version `moved` says which of them are no longer there, or no longer the same.
+Documented is what `mlx_lm` itself exports, and `mlx_lm.sample_utils`.  `USED` names everything else that our code
+imports, calls, reads, subclasses or replaces; a test reads the names off our sources and finds it complete, and none in
+it that is not used.  After a change of mlx-lm's version `moved` says which of them are no longer there, or no longer
+the same.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import textwrap
+from functools import cache
 from typing import Any
 
 VERSIONS = "mlx-lm>=0.32,<0.33"
 
-USED: dict[str, dict[str, list[str] | None]] = {
-    # draft.py, generation.py: a prefill of one's own, and speculative decoding after it
+# By module: a function, class, method or attribute, and the parameters that are counted on.
+USED: dict[str, dict[str, str]] = {
+    # generation/: processing a prompt, and speculative decoding after it; cli/generate.py: a flag's type;
+    # bench/ttft/: mlx-lm's own generation
     "mlx_lm.generate": {
-        "generation_stream": None,
-        "maybe_quantize_kv_cache": ["prompt_cache", "quantized_kv_start", "kv_group_size", "kv_bits"],
-        "speculative_generate_step": ["prompt", "model", "draft_model", "num_draft_tokens", "prompt_cache"],
+        "BatchGenerator": "model max_tokens sampler prefill_step_size",
+        "BatchGenerator.close": "",
+        "BatchGenerator.next_generated": "",
+        "BatchGenerator.prompt_cache_nbytes": "",
+        "DEFAULT_PREFILL_STEP_SIZE": "",
+        "DEFAULT_QUANTIZED_KV_START": "",
+        "GenerationResponse": "text from_draft prompt_tokens prompt_tps generation_tokens generation_tps peak_memory",
+        "GenerationResponse.from_draft": "",
+        "GenerationResponse.generation_tokens": "",
+        "GenerationResponse.generation_tps": "",
+        "GenerationResponse.peak_memory": "",
+        "GenerationResponse.prompt_tokens": "",
+        "GenerationResponse.prompt_tps": "",
+        "GenerationResponse.text": "",
+        "generate_step": "prompt model max_tokens sampler prompt_cache prefill_step_size",
+        "generation_stream": "",
+        "maybe_quantize_kv_cache": "prompt_cache quantized_kv_start kv_group_size kv_bits",
+        "str2bool": "string",
     },
-    # server.py and http_api.py: subclasses of the server's classes
+    # pair/: the families' classes and configs; taps/attention.py: what stands in attention's place
+    "mlx_lm.models.base": {
+        "BaseModelArgs": "",
+        "BaseModelArgs.from_dict": "params",
+        "scaled_dot_product_attention": "queries keys values cache scale mask sinks",
+    },
+    # pair/auxiliary_cache.py, dial/, taps/sites.py, bench/front/sparse.py: cache entries, ours among them
+    "mlx_lm.models.cache": {
+        "BatchKVCache": "left_padding",
+        "BatchKVCache.left_padding": "",
+        "BatchRotatingKVCache": "max_size left_padding",
+        "CacheList": "",
+        "CacheList.caches": "",
+        "CacheList.empty": "",
+        "CacheList.extend": "other",
+        "CacheList.extract": "idx",
+        "CacheList.finalize": "",
+        "CacheList.is_trimmable": "",
+        "CacheList.merge": "caches",
+        "CacheList.prepare": "left_padding lengths right_padding",
+        "CacheList.size": "",
+        "CacheList.trim": "n",
+        "ChunkedKVCache": "chunk_size",
+        "ChunkedKVCache.chunk_size": "",
+        "ConcatenateKVCache": "",
+        "ConcatenateKVCache.keys": "",
+        "ConcatenateKVCache.make_mask": "N return_array window_size",
+        "ConcatenateKVCache.offset": "",
+        "ConcatenateKVCache.update_and_fetch": "keys values",
+        "ConcatenateKVCache.values": "",
+        "KVCache": "",
+        "KVCache.empty": "",
+        "KVCache.is_trimmable": "",
+        "KVCache.keys_and_values": "",
+        "KVCache.merge": "caches",
+        "KVCache.offset": "",
+        "KVCache.trim": "n",
+        "KVCache.update_and_fetch": "keys values",
+        "LRUPromptCache": "max_size",
+        "LRUPromptCache.fetch_nearest_cache": "model tokens",
+        "LRUPromptCache.insert_cache": "model tokens prompt_cache",
+        "QuantizedKVCache": "",
+        "QuantizedKVCache.bits": "",
+        "QuantizedKVCache.group_size": "",
+        "RotatingKVCache": "max_size keep",
+        "RotatingKVCache.keep": "",
+        "RotatingKVCache.max_size": "",
+        "can_trim_prompt_cache": "cache",
+        "create_attention_mask": "N offset return_array window_size",
+        "load_prompt_cache": "file_name return_metadata",  # finds the classes of saved entries by name
+        "make_prompt_cache": "model max_kv_size",
+        "trim_prompt_cache": "cache num_tokens",
+    },
+    # serving/: subclasses of the server's classes
     "mlx_lm.server": {
-        "APIHandler.__init__": ["self", "response_generator"],
-        "APIHandler.do_GET": ["self"],
-        "APIHandler.do_POST": ["self"],
-        "APIHandler._set_completion_headers": ["self", "status_code"],
-        "APIHandler._set_cors_headers": ["self"],
-        "APIHandler._set_stream_headers": ["self", "status_code"],
-        "APIHandler.validate_model_parameters": ["self"],
-        "APIHandler.handle_completion": ["self", "request", "stop_words"],
-        "APIHandler.handle_models_request": ["self"],
-        "APIHandler.generate_response": ["self", "text", "finish_reason"],
-        "APIHandler.completion_usage_response": ["self"],
-        "CompletionRequest": ["request_type", "prompt", "messages"],
-        "GenerationArguments": ["model", "max_tokens", "num_draft_tokens"],
-        "LRUPromptCache.fetch_nearest_cache": ["self", "model", "tokens"],
-        "ModelDescription": ["model", "draft", "adapter"],
-        "ModelProvider.__init__": ["self", "cli_args"],
-        "ModelProvider.load": ["self", "model_path", "adapter_path", "draft_model_path"],
-        "ModelProvider.load_default": ["self"],
-        "ModelProvider.reset": ["self"],
-        "ResponseGenerator.__init__": ["self", "model_provider", "prompt_cache"],
-        "ResponseGenerator.generate": ["self", "request", "generation_args", "progress_callback"],
-        "ResponseGenerator._generate": ["self"],
-        "ResponseGenerator._run_generate": ["self"],
-        "ResponseGenerator._tokenize": ["self", "tokenizer", "request", "args"],
-        "ResponseGenerator.stop_and_join": ["self"],
-        "_run_http_server": ["host", "port", "response_generator", "server_class", "handler_class"],
-        "stream_generate": ["model", "tokenizer", "prompt", "max_tokens", "draft_model"],
+        "APIHandler": "response_generator",
+        "APIHandler._set_completion_headers": "status_code",
+        "APIHandler._set_cors_headers": "",
+        "APIHandler._set_stream_headers": "status_code",
+        "APIHandler.body": "",
+        "APIHandler.completion_usage_response": "",
+        "APIHandler.created": "",
+        "APIHandler.do_GET": "",
+        "APIHandler.do_POST": "",
+        "APIHandler.generate_response": "text finish_reason",
+        "APIHandler.handle_completion": "request stop_words",
+        "APIHandler.handle_models_request": "",
+        "APIHandler.logit_bias": "",
+        "APIHandler.num_draft_tokens": "",
+        "APIHandler.requested_model": "",
+        "APIHandler.response_generator": "",
+        "APIHandler.stream_options": "",
+        "APIHandler.validate_model_parameters": "",
+        "GenerationArguments": "",
+        "GenerationArguments.max_tokens": "",
+        "GenerationArguments.model": "",
+        "ModelDescription": "model draft adapter",
+        "ModelDescription.draft": "",
+        "ModelProvider": "cli_args",
+        "ModelProvider.cli_args": "",
+        "ModelProvider.draft_model": "",
+        "ModelProvider.is_batchable": "",
+        "ModelProvider.load": "model_path adapter_path draft_model_path",
+        "ModelProvider.load_default": "",
+        "ModelProvider.model": "",
+        "ModelProvider.model_key": "",
+        "ModelProvider.reset": "",
+        "ModelProvider.tokenizer": "",
+        "ResponseGenerator": "model_provider prompt_cache",
+        "ResponseGenerator._generate": "",
+        "ResponseGenerator._run_generate": "",
+        "ResponseGenerator._stop": "",
+        "ResponseGenerator._tokenize": "tokenizer request args",
+        "ResponseGenerator.cli_args": "",
+        "ResponseGenerator.generate": "request generation_args progress_callback",
+        "ResponseGenerator.model_provider": "",
+        "ResponseGenerator.requests": "",
+        "ResponseGenerator.stop_and_join": "",
+        "_run_http_server": "host port response_generator server_class handler_class",
+        "stream_generate": "model tokenizer prompt max_tokens draft_model",
     },
-    # server.py, cli/serve.py
-    "mlx_lm.utils": {"_parse_size": ["x"], "maybe_set_recommended_wired_limit": []},
+    # wherever a tokenizer is wrapped or named
+    "mlx_lm.tokenizer_utils": {
+        "TokenizerWrapper": "tokenizer",
+        "TokenizerWrapper.has_chat_template": "",
+    },
+    # pair/, making/, convert/: models and tokenizers on disk; serving/ and cli/: memory
+    "mlx_lm.utils": {
+        "DEFAULT_ALLOW_PATTERNS": "",
+        "_get_classes": "config",
+        "_parse_size": "x",
+        "dequantize_model": "model",
+        "get_total_parameters": "model",
+        "load_config": "model_path",
+        "load_model": "model_path lazy get_model_classes",
+        "load_tokenizer": "model_path tokenizer_config_extra eos_token_ids",
+        "maybe_set_recommended_wired_limit": "",
+        "quantize_model": "model config group_size bits quant_predicate",
+        "save_config": "config config_path",
+        "save_model": "save_path model",
+    },
     # cli/chat.py: the look of mlx-lm's chat
     "mlx_lm.cli_ui": {
-        "ChatUI.__init__": ["self", "args"],
-        "ChatUI.prompt": ["self"],
-        "ChatUI.stream_token": ["self", "text"],
-        "ChatUI.end_turn": ["self", "response"],
-        "print_header_panel": ["console", "title", "rows"],
+        "ChatUI": "args",
+        "ChatUI.__enter__": "",
+        "ChatUI._console": "",
+        "ChatUI.end_turn": "response",
+        "ChatUI.prompt": "",
+        "ChatUI.stream_token": "text",
+        "print_header_panel": "console title rows",
     },
     # bench/evaluate/lm_eval_model.py: mlx-lm's lm-eval model class (needs lm-eval)
     "mlx_lm.evaluate": {
-        "MLXLM._process_prompt": ["self", "prompt", "step_size"],
-        "MLXLM._score_fn": ["self", "inputs", "cache", "step_size"],
-        "MLXLM.generate_until": ["self", "requests"],
-        "MLXLM.loglikelihood": ["self", "requests"],
+        "MLXLM": "",
+        "MLXLM._batch_size": "",
+        "MLXLM._max_tokens": "",
+        "MLXLM._model": "",
+        "MLXLM._process_prompt": "prompt step_size",
+        "MLXLM._sampler": "",
+        "MLXLM._score_fn": "inputs cache step_size",
+        "MLXLM.generate_until": "requests",
+        "MLXLM.tokenizer": "",
+        "MLXLM.use_chat_template": "",
     },
 }
 
+# What is counted on without being named: mlx-lm calls it, and calls or finds what is ours.
+BEHIND: dict[str, dict[str, str]] = {
+    # generation/draft.py: splits a prompt cache into the model's and the draft's, and winds both back
+    "mlx_lm.generate": {
+        "speculative_generate_step": "prompt model draft_model num_draft_tokens prompt_cache"
+    },
+    # bench/evaluate/lm_eval_model.py: scores through what is overridden
+    "mlx_lm.evaluate": {"MLXLM.loglikelihood": "requests"},
+}
+
+# What is put into mlx-lm's modules, where it has nothing of that name.
+ADDED = ("mlx_lm.models.cache.AuxiliaryCache",)
+
 
 def moved(modules: list[str] | None = None) -> list[str]:
-    """One line for each name of `USED` that is missing or has lost a parameter (empty: all is as expected).
+    """One line for each name of `USED` and `BEHIND` that is missing or has lost a parameter (empty: all is well).
 
     Args:
         modules: which of mlx-lm's modules to look at (default: all).
@@ -78,19 +210,44 @@ def moved(modules: list[str] | None = None) -> list[str]:
     from mlx_lm import __version__
 
     found = []
-    for module in modules or USED:
-        for name, parameters in USED[module].items():
-            problem = _problem(importlib.import_module(module), name, parameters)
+    for module in USED if modules is None else modules:
+        for name, parameters in (USED[module] | BEHIND.get(module, {})).items():
+            problem = _problem(importlib.import_module(module), name, parameters.split())
             if problem:
                 found.append(f"{module}.{name} {problem} in mlx-lm {__version__}, written for {VERSIONS}")
     return found
 
 
-def _problem(module: Any, name: str, parameters: list[str] | None) -> str | None:
-    used = module
-    for part in name.split("."):
-        used = getattr(used, part, None)
-    if used is None:
-        return "is not there"
-    missing = [p for p in parameters or [] if p not in inspect.signature(used).parameters]
+def _problem(module: Any, name: str, parameters: list[str]) -> str | None:
+    *owners, last = name.split(".")
+    owner = module
+    for part in owners:
+        owner = getattr(owner, part, None)
+    if not hasattr(owner, last):
+        return None if isinstance(owner, type) and last in _given(owner) else "is not there"
+    taken = inspect.signature(getattr(owner, last)).parameters if parameters else {}
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return None
+    missing = [p for p in parameters if p not in taken]
     return f"has no parameter {', '.join(missing)}" if missing else None
+
+
+def attributes(owner: Any) -> set[str]:
+    """What a class of mlx-lm's and its parents in mlx-lm define, and what they give to their instances."""
+    return {name for part in _parts(owner) for name in vars(part)} | _given(owner)
+
+
+@cache
+def _given(owner: Any) -> set[str]:
+    """The fields of a class's instances: annotated ones, and those that its methods give to `self`."""
+    found: set[str] = set()
+    for part in _parts(owner):
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(part))))
+        given = (n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+        found |= {n.attr for n in given if isinstance(n.value, ast.Name) and n.value.id == "self"}
+        found |= part.__annotations__.keys()
+    return found
+
+
+def _parts(owner: Any) -> list[type]:
+    return [part for part in owner.__mro__ if part.__module__.split(".")[0] == "mlx_lm"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import mlx.core as mx
+import mlx.nn as nn
 from families import build
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from kvpred_mlx import KVPredictionModel, Predictor
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.pair.sources import feature_widths
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -91,4 +94,31 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
             model.base(part, cache=cache)
         mx.eval([c.state for c in cache])
         start = end
+    return [*cache, None]
+
+
+def make_first_layers_pair(base: str | nn.Module = "qwen3", depths=(1,), seed: int = 0, **options):
+    """A pair that reads with its base's first layers, with random maps."""
+    taps = KVTaps(build(base) if isinstance(base, str) else base)
+    mx.random.seed(seed)
+    predictor = FirstLayersPredictor(depths, taps.input_widths, taps.widths)
+    return KVPredictionModel(taps, None, predictor, **options)
+
+
+def first_layers_reference(model: KVPredictionModel, parts: list[tuple[int | str, mx.array]]):
+    """A prompt cache of such a pair, made the slow way: by recording and injecting everything.
+
+    `parts` are (depth or "exact", tokens) in order.
+    """
+    taps, cache = KVTaps(model.base), make_prompt_cache(model.base)
+    for depth, part in parts:
+        if depth == "exact":
+            model.base(part, cache=cache)
+            continue
+        before = copy.deepcopy(cache)
+        kv, _ = taps.record(part, copy.deepcopy(before))
+        inputs, _ = taps.record_inputs(part, before)
+        predicted = model.predictor.behind(depth)(inputs[depth])
+        taps.inject([*kv[: depth + 1], *predicted], part, cache, logits=False)
+        mx.eval([c.state for c in cache])
     return [*cache, None]

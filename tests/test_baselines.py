@@ -28,7 +28,7 @@ def after_prompt(mode, prompt, following):
 
 
 def masked_qwen2(model, everything, kept, n):
-    """mlx-lm's qwen2 written out, all tokens at once; of the first `n` only the `kept` ones are ever attended to."""
+    """mlx-lm's qwen2 written out, all tokens at once; of the first `n` only `kept` ones are attended to."""
     L = everything.shape[1]
     seen = mx.array([[p >= n or p in row for p in range(L)] for row in kept])[:, None, None, :]
     mask = mx.tri(L, dtype=mx.bool_) & seen
@@ -127,7 +127,7 @@ def full_prefill_flops_of_the_step(pair, n):
 
 
 def test_flops_of_the_scores_by_hand():
-    """Four layers of four heads of 16, eight queries; and the last layer's queries, which nobody else needs."""
+    """Four layers of four heads of 16, eight queries; and the last layer's, which nobody else needs."""
     pair, n = make_pair("qwen2", "qwen2", layer_map=[0, 1, 2, 3]), 50
     assert scores_flops(pair, n) == 4 * 2 * 4 * 8 * n * 16 + 2 * n * 64 * 64
 

@@ -1,4 +1,4 @@
-"""A pair and a prompt-cache file from before the modules moved (tests/data/before) load, and say what they said then."""
+"""A pair and a prompt-cache file from before the modules moved (tests/data/before) load, and say what they said."""
 
 from __future__ import annotations
 

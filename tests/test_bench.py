@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import time
@@ -18,12 +19,13 @@ from processes import command
 from kvpred_mlx.bench.common import machine, results, statistics
 from kvpred_mlx.bench.common.presets import build_preset, find_preset, presets
 from kvpred_mlx.bench.readme import with_tables
-from kvpred_mlx.bench.ttft import report
+from kvpred_mlx.bench.ttft import files, report
 from kvpred_mlx.bench.ttft.measure import MODES, generate, parts
-from kvpred_mlx.bench.ttft.run import Settings, bench
+from kvpred_mlx.bench.ttft.run import bench
+from kvpred_mlx.bench.ttft.settings import BenchSettings
 from kvpred_mlx.pair.loading import DEMO_PAIR
 
-SMALL = Settings([40, 48], trials=3, max_tokens=3, prefill_step_sizes=[2048, 16])
+SMALL = BenchSettings([40, 48], trials=3, max_tokens=3, prefill_step_sizes=[2048, 16])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_the_same_tokens_in_every_mode_and_another_prompt_for_another_seed(monke
 
     monkeypatch.setattr(module, "generate", spy)
     for seed in (0, 1):
-        bench(make_pair(), "tiny", Settings([40], trials=1, max_tokens=1, seed=seed))
+        bench(make_pair(), "tiny", BenchSettings([40], trials=1, max_tokens=1, seed=seed))
     assert seen[0] == seen[1] == seen[2] != seen[-1]
 
 
@@ -147,7 +149,7 @@ def test_shape_that_does_not_fit_is_skipped(monkeypatch):
     pair = make_pair()
     needs = {n: module.prefill_bytes(pair.base, 1, n, 2048) for n in (40, 200)}
     monkeypatch.setattr(machine, "available_bytes", lambda: sum(needs.values()) // 2)
-    found = bench(pair, "tiny", Settings([200, 40], trials=1, max_tokens=1))
+    found = bench(pair, "tiny", BenchSettings([200, 40], trials=1, max_tokens=1))
     assert [s["prompt_tokens"] for s in found["shapes"]] == [40] and found["complete"]
     (skipped,) = found["skipped"]
     assert skipped["prompt_tokens"] == 200 and skipped["estimated_bytes"] == needs[200]
@@ -165,7 +167,7 @@ def test_allocation_that_fails_is_skipped(monkeypatch):
         return generate(model, prompt, *rest)
 
     monkeypatch.setattr(module, "generate", full)
-    found = bench(make_pair(), "tiny", Settings([48, 40], trials=1, max_tokens=1))
+    found = bench(make_pair(), "tiny", BenchSettings([48, 40], trials=1, max_tokens=1))
     assert [s["prompt_tokens"] for s in found["shapes"]] == [40]
     assert found["skipped"][0]["reason"].startswith("[malloc]")
 
@@ -178,9 +180,9 @@ def test_interrupting_keeps_finished_shapes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench(
             make_pair(), "tiny", SMALL, progress=stop,
-            finished=lambda so_far: results.write(tmp_path, so_far, plot=False),
+            finished=lambda so_far: files.write(tmp_path, so_far, plot=False),
         )  # fmt: skip
-    kept = results.read(tmp_path / "results.json")
+    kept = files.read(tmp_path / "results.json")
     assert [s["prompt_tokens"] for s in kept["shapes"]] == [40] and not kept["complete"]
     assert report.remarks(kept)[-1].startswith("interrupted")
 
@@ -198,22 +200,22 @@ def test_warnings(measured, monkeypatch):
 
 
 def test_files(measured, tmp_path):
-    results.write(tmp_path, measured, plot=True)
-    assert results.read(tmp_path / "results.json") == measured
+    files.write(tmp_path, measured, plot=True)
+    assert files.read(tmp_path / "results.json") == measured
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert (
         len(rows) == 2 * 6 * 3
         and float(rows[0]["ttft"]) == measured["shapes"][0]["runs"][0]["trials"][0]["ttft"]
     )
     assert (tmp_path / "ttft.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(results.FILES)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(files.FILES)
     with pytest.raises(FileExistsError, match=r"results.json .* already"):
-        results.check_new(tmp_path)
+        files.check_new(tmp_path)
 
 
 def test_without_matplotlib_there_is_a_warning(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "find_spec", lambda name: None)
-    results.write(tmp_path, dict(measured, warnings=[]), plot=True)
+    files.write(tmp_path, dict(measured, warnings=[]), plot=True)
     assert not (tmp_path / "ttft.png").exists()
     assert "matplotlib" in json.loads((tmp_path / "results.json").read_text())["warnings"][0]
 
@@ -244,7 +246,7 @@ def test_command(run, tmp_path):
     )
     assert code == 0 and "how many times sooner" in stdout and "parts of a predicted TTFT" in stdout
     assert f"results: {out}" in err
-    made = results.read(out / "results.json")
+    made = files.read(out / "results.json")
     assert [s["prompt_tokens"] for s in made["shapes"]] == [40, 48] and made["pair"]["name"] == "pycode"
     assert made["command"][:2] == ["kvpred-mlx", "bench"]
     code, stdout, err = run("bench", "--compare", out / "results.json", out / "results.json")
@@ -311,9 +313,11 @@ def test_failures(run, tmp_path):
 
 
 def test_readme_shows_the_results():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert "<!-- bench: " in text
-    assert with_tables(text) == text  # else: make readme
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", *root.glob("bench/results/**/README.md")):
+        text = page.read_text(encoding="utf-8")
+        assert re.search("<!-- (bench|pareto): ", text)
+        assert with_tables(text) == text  # else: make readme
 
 
 def test_interrupt_on_the_command_line(tmp_path):
@@ -328,4 +332,4 @@ def test_interrupt_on_the_command_line(tmp_path):
     stdout, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "interrupted: these are the shapes that were finished" in err and "KV prediction" in stdout
-    assert [s["prompt_tokens"] for s in results.read(out / "results.json")["shapes"]] == [40]
+    assert [s["prompt_tokens"] for s in files.read(out / "results.json")["shapes"]] == [40]

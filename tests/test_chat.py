@@ -10,12 +10,15 @@ import signal
 import subprocess
 import time
 
+import mlx_lm.chat
 import pytest
+import typer.main
 from conftest import fails
 from mlx_lm.utils import load_tokenizer
 from processes import command
 
 import kvpred_mlx
+from kvpred_mlx.cli import app
 from kvpred_mlx.generation.conversation import Conversation
 from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
 
@@ -118,8 +121,11 @@ def test_in_a_pipe(run):
 
 
 def test_the_pipe_may_just_end(run):
-    code, out, _ = run("chat", "-m", 2, "--draft", "auxiliary", "--exact", stdin=b"x = 1\n")
-    assert code == 0 and out.count("TTFT ") == 1 and out.endswith("bye\n")
+    for draft in ("--draft-model", "--draft"):  # its old name
+        code, out, _ = run(
+            "chat", "--model", "pycode", "-m", 2, draft, "auxiliary", "--exact", stdin=b"x = 1\n"
+        )
+        assert code == 0 and out.count("TTFT ") == 1 and out.endswith("bye\n")
 
 
 def test_a_history_that_is_too_long_is_said(run):
@@ -130,10 +136,26 @@ def test_a_history_that_is_too_long_is_said(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"), [(["--draft", "x"], ["--draft"]), (["--xtc-threshold", "2"], ["--xtc-threshold"])]
+    ("arguments", "parts"),
+    [
+        (["--draft", "x"], ["--draft", "'x', expected auxiliary"]),
+        (["--draft-model", "x"], ["--draft-model", "'x', expected auxiliary"]),
+        (["--xtc-threshold", "2"], ["--xtc-threshold"]),
+    ],
 )
 def test_wrong_usage(run, arguments, parts):
     fails(run("chat", *arguments), 2, *parts)
+
+
+def test_names_and_defaults():
+    """mlx-lm's, but for those that make no sense for a pair."""
+    wanted = {
+        a.option_strings[0]: a.default for a in mlx_lm.chat.setup_arg_parser()._actions if a.dest != "help"
+    }
+    ours = {p.opts[0]: p.default for p in typer.main.get_command(app).commands["chat"].params}
+    assert wanted.keys() - ours.keys() == {"--adapter-path", "--pipeline"}
+    assert ours["--model"] is None  # the bundled pair
+    assert {n for n, d in wanted.items() if n in ours and str(ours[n]) != str(d)} == {"--model"}
 
 
 class Terminal:

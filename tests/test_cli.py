@@ -12,9 +12,11 @@ import sys
 import time
 
 import pytest
+import typer.main
 from conftest import DATA, fails
 from processes import command
 
+from kvpred_mlx.cli import app
 from kvpred_mlx.pair.loading import DEMO_PAIR
 
 FUNCTION = (DEMO_PAIR / "prompt.txt").read_text()
@@ -111,6 +113,7 @@ def test_chat_template_is_used(run, tmp_path):
         (["-p", "x", "-m", "0"], b"", ["--max-tokens"]),
         (["-p", "x", "--kv-bits", "5"], b"", ["--kv-bits", "5", "2, 3, 4, 6 or 8"]),
         (["-p", "x", "--no-such-flag"], b"", ["--no-such-flag"]),
+        (["-p", "x", "--repair", "--draft-model", "auxiliary"], b"", ["--repair", "--draft-model"]),
     ],
 )
 def test_wrong_usage(run, arguments, stdin, parts):
@@ -126,7 +129,43 @@ def test_unknown_models(run, monkeypatch):
     fails(run("generate", "-p", "x", "--model", "/no/such/dir"), 1, "/no/such/dir", "no such directory")
     fails(run("generate", "-p", "x", "--model", "./nope"), 1, "./nope")
     fails(run("generate", "-p", "x", "--model", "nobody/nothing"), 1, "nobody/nothing", "hub")
-    fails(run("info", "nobody"), 1, "nobody")
+    fails(run("info", "nobody"), 1, "nobody: no such directory, and not a bundled pair (pycode)")
+
+
+def test_bundled_pairs_have_names(run, golden_pair, tmp_path, monkeypatch):
+    """As the model card says; a directory of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("generate", "--model", "pycode", "-p", "x", "-m", 1, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["model"] == str(DEMO_PAIR)
+    shutil.copytree(golden_pair, tmp_path / "pycode")
+    assert json.loads(run("info", "pycode", "--json")[1])["path"] == "pycode"
+
+
+TAKE_A_PAIR = ("chat", "serve", "quality", "info", "pareto", "eval")
+
+
+def test_a_pair_is_a_model_everywhere(run, golden_pair):
+    commands = typer.main.get_command(app).commands
+    options = {name: {o for p in command.params for o in p.opts} for name, command in commands.items()}
+    assert {n for n, found in options.items() if "--model" in found} == {
+        *TAKE_A_PAIR, "generate", "bench", "train",
+    }  # fmt: skip
+    assert {n for n, found in options.items() if "pair" in found} == set(TAKE_A_PAIR)
+    assert run("info", "--model", golden_pair) == run("info", golden_pair)
+
+
+@pytest.mark.parametrize("command", TAKE_A_PAIR)
+def test_a_pair_is_named_once(run, command):
+    more = ("--data", "x") if command == "pareto" else ()
+    fails(run(command, "one", "--model", "two", *more), 2, "--model", "'two', and 'one' too")
+
+
+def test_prompt_lengths_have_one_name(run):
+    """What quality called them still works, and is not shown."""
+    for option in ("--prompt-lens", "--prompt-tokens"):
+        fails(run("quality", "--data", "x", option, "1,y"), 2, option, "'1', 'y'")
+    shown = run("quality", "--help")[1]
+    assert "--prompt-lens" in shown and "--prompt-tokens" not in shown and "--draft " not in shown
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 1_000_000, 9_000_000])

@@ -1,17 +1,22 @@
-"""The recipe of the bundled pair, in miniature: every step, passing over what is done, and the rows it trains on."""
+"""The recipe of the bundled pair in miniature: every step, what is done already, what it trains on."""
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 
 from kvpred_mlx import load
-from kvpred_mlx.bench.recipe import corpus, demo_pair, pretrain
-from kvpred_mlx.bench.recipe.demo_pair import Recipe, nemotron
+from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.recipe import corpus, demo_pair, plan, pretrain, steps
+from kvpred_mlx.bench.recipe.plan import nemotron
+from kvpred_mlx.bench.recipe.steps import Recipe
+from kvpred_mlx.bench.studies import compare_sources
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.pairing import load_part
+from kvpred_mlx.pair.sources import SOURCES
 
 MODULES = {
     f"module{i}.py": "".join(f"def function_{i}_{j}(a, b):\n    return a * {j} + b\n\n\n" for j in range(40))
@@ -23,31 +28,37 @@ MODULES = {
 def small(monkeypatch, uncompiled):
     """Sizes that take seconds; the models that trainings began with."""
     monkeypatch.setattr(corpus, "modules", lambda: MODULES)
-    monkeypatch.setattr(demo_pair, "VOCABULARY", 300)
+    monkeypatch.setattr(plan, "VOCABULARY", 300)
     configs = {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)}
-    monkeypatch.setattr(demo_pair, "CONFIGS", configs)
+    monkeypatch.setattr(plan, "CONFIGS", configs)
     for name, value in {
         "CONTEXT": 128,
         "TEXT_TOKENS": 32,
         "REPEATING_ROWS": 20,
         "REPEATING_TOKENS": 24,
     }.items():
-        monkeypatch.setattr(demo_pair, name, value)
-    monkeypatch.setattr(demo_pair, "PROMPT_TOKENS", (40,))
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(plan, "PROMPT_TOKENS", (40,))
     begun = []
 
     def recorded(config, rows, budget, settings, folder, begin, short):
         begun.append(begin and begin.name)
         return pretrain.pretrain(config, rows, budget, settings, folder, begin, short)
 
-    monkeypatch.setattr(demo_pair, "pretrain", recorded)
+    monkeypatch.setattr(steps, "pretrain", recorded)
     return begun
 
 
+def run_recipe():
+    with pytest.raises(SystemExit) as stop:
+        command.run(demo_pair.main)
+    assert stop.value.code == 0
+
+
 def test_every_step(small, tmp_path, monkeypatch):
-    iters = ",".join("2" * len(demo_pair.SHARES))
+    iters = ",".join("2" * len(plan.SHARES))
     monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
-    demo_pair.main()
+    run_recipe()
     assert small == [None, "base-text", "base-repeating", None, "auxiliary-text", "auxiliary-repeating"]
     pair, tokenizer = load(tmp_path / "pair")
     ids = tokenizer.encode("return a\n", add_special_tokens=False)
@@ -59,12 +70,12 @@ def test_every_step(small, tmp_path, monkeypatch):
     assert held_out and not set(trained) & set(held_out) and len(trained) + len(held_out) == len(MODULES)
     before = (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
-    demo_pair.main()
+    run_recipe()
     assert len(small) == 6 and (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_lesson_begins_with_the_weights_of_the_one_before(small, tmp_path):
-    recipe = Recipe(tmp_path, minutes=0, iters=dict.fromkeys(demo_pair.SHARES, 1))
+    recipe = Recipe(tmp_path, minutes=0, iters=dict.fromkeys(plan.SHARES, 1))
     recipe.corpus()
     recipe.pretrain("auxiliary")
     before, after = (
@@ -72,6 +83,27 @@ def test_a_lesson_begins_with_the_weights_of_the_one_before(small, tmp_path):
         for name in ("auxiliary-text", "auxiliary")
     )
     assert 0 < np.abs(before - after).max() < 0.01 < np.abs(before).max()
+
+
+def test_sources_are_compared_in_the_recipe_s_folder(small, tmp_path, monkeypatch):
+    for name, value in {"LENGTHS": (40,), "WINDOWS": 4, "TRIALS": 2, "FIT_TOKENS": 2000}.items():
+        monkeypatch.setattr(compare_sources, name, value)
+    recipe = Recipe(tmp_path, minutes=0, iters=dict.fromkeys(plan.SHARES, 1))
+    recipe.corpus()
+    recipe.pretrain("base")
+    recipe.pretrain("auxiliary")
+    told = []
+    found = compare_sources.compare(tmp_path, 1, lambda done, total, what=None: told.append(what))
+    assert found["schema"] == 1 and found["complete"] and json.loads(json.dumps(found))["variants"]
+    assert len(found["variants"]) == len(told) - 1 == 9 and told[-1] == "measuring at 40 tokens"
+    for variant in found["variants"]:
+        figures = variant["lengths"][40]
+        assert figures["flops_ratio"] > 1 and figures["times_sooner"]["ttft"] > 0
+        assert figures["quality"]["agreement"]["low"] <= figures["quality"]["agreement"]["high"]
+    table = compare_sources.markdown(found).splitlines()
+    assert len(table) == 2 + 9 and {line.count("|") for line in table} == {10}
+    kept = [load(tmp_path / "sources" / v.name)[0] for v in compare_sources.variants(1)]
+    assert [pair.predictor.source for pair in kept[::2][:3]] == list(SOURCES)
 
 
 def test_repeating_rows_begin_again():

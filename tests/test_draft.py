@@ -106,7 +106,7 @@ def test_families(names, demo_pair):
 def test_an_auxiliary_that_is_not_read_to_its_end_runs_whole(demo_pair):
     """Prediction needs the first layers only; the draft's cache holds all of them, filled by the same prefill."""
     model = make_pair(layer_map=[0, 0, 1, 1])
-    assert model._depth is not None
+    assert model.auxiliary_reader.depth is not None
     prompt = tokens(50).tolist()[0]
     plain, drafted = (run(model, demo_pair[1], prompt, draft=n) for n in (0, 3))
     assert token_ids(drafted) == token_ids(plain)

@@ -18,9 +18,10 @@ from processes import command
 from kvpred_mlx.bench.common.flops import ttft_flops
 from kvpred_mlx.bench.evaluate import candidate, sandbox, tasks
 from kvpred_mlx.bench.evaluate.journal import Journal
-from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
+from kvpred_mlx.bench.evaluate.run import Evaluation
 from kvpred_mlx.bench.evaluate.sandbox import Limits
 from kvpred_mlx.bench.evaluate.scores import interval, mean_flops
+from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
 from kvpred_mlx.pair.modes import Mode
 
@@ -275,7 +276,7 @@ def fails_at_the_end(result, *parts):
 
 
 def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
-    """The exact mode answers rightly, the predicted one half of the time: the scores and the retention say so."""
+    """The exact mode answers rightly, the predicted one half of the time: scores and retention say so."""
     answers = {"Question: Which": " mars", "Question: Who": " Bram Stoker"}
     right = {row["prompt"]: row["canonical_solution"] for row in ROWS["humaneval"]}
     pair, tokenizer = demo_pair
@@ -287,7 +288,7 @@ def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
         return ("    pass\n" if wrong else known), 0.1
 
     monkeypatch.setattr(Evaluation, "_answer", answer)
-    settings = Settings(tasks=["triviaqa", "humaneval"], modes=["exact", "predicted"], data=FILES)
+    settings = EvaluationSettings(tasks=["triviaqa", "humaneval"], modes=["exact", "predicted"], data=FILES)
     results = Evaluation(pair, tokenizer, "pair", settings, tmp_path).run()
     scores = {(r["metric"], r["mode"]): (r["score"], r["retention"]) for r in results["rows"]}
     for metric in ("exact_match", "pass@1", "pass@10"):
@@ -299,7 +300,7 @@ def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
 
 
 def test_prompts_that_are_too_long_score_nothing(demo_pair, tmp_path):
-    settings = Settings(tasks=["triviaqa"], modes=["exact"], data=FILES, max_tokens=2)
+    settings = EvaluationSettings(tasks=["triviaqa"], modes=["exact"], data=FILES, max_tokens=2)
     results = Evaluation(*demo_pair, "pair", settings, tmp_path, context=8).run()
     assert results["rows"][0]["score"] == 0 and results["rows"][0]["ttft"] is None
     json.dumps(results, allow_nan=False)

@@ -192,7 +192,7 @@ def test_scores_are_the_attention_of_the_last_queries(chunks):
         done = sum(chunks[:i])
         with model.importance.listen() as heard:
             model.predict(prompt[:, done : done + n], cache[-1])
-        cache[-1].append(prompt[:, done : done + n])
+        cache[-1].read_on(prompt[:, done : done + n])
     scores = heard.scores(sum(chunks), chunks[-1], [0])
     assert mx.allclose(scores, qwen2_weights(model.auxiliary, prompt, 8), atol=1e-5)
 

@@ -13,8 +13,9 @@ from kvpred_mlx import KVPredictionModel, load, save
 from kvpred_mlx.convert.published import facts
 from kvpred_mlx.making import layer_maps
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.fit import FitSettings, fit
+from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.moments import Moments, Ridge
+from kvpred_mlx.making.settings import FitSettings
 from kvpred_mlx.pair import sources
 from kvpred_mlx.taps.kv_taps import KVTaps
 

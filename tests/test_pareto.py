@@ -13,16 +13,19 @@ from pairs import make_pair
 
 from kvpred_mlx import load
 from kvpred_mlx.bench.common.statistics import paired_shares
+from kvpred_mlx.bench.front import files, recall_score
 from kvpred_mlx.bench.front import pareto as module
-from kvpred_mlx.bench.front import recall_score
 from kvpred_mlx.bench.front import report as pareto_report
-from kvpred_mlx.bench.front.pareto import Data, Settings, pareto
+from kvpred_mlx.bench.front.cells import SHOWN, label
+from kvpred_mlx.bench.front.pareto import pareto
 from kvpred_mlx.bench.front.recall import Question
+from kvpred_mlx.bench.front.settings import FrontSettings
+from kvpred_mlx.bench.front.text import Data
 from kvpred_mlx.cli.making import dequantize
 from kvpred_mlx.pair.loading import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
-SETTINGS = Settings(
+SETTINGS = FrontSettings(
     [96, 128], ["predicted", "dial-both", "sparse-top"], [0.1], windows=4, score_tokens=8,
     questions=1, trials=2,
 )  # fmt: skip
@@ -49,13 +52,13 @@ def front(demo_pair, data):
 
 def test_cells(front):
     assert json.loads(json.dumps(front)) == front and front["complete"]
-    assert [module.label(c) for c in front["cells"]] == [
+    assert [label(c) for c in front["cells"]] == [
         "exact", "predicted", "dial-both 0.1", "sparse-top 0.1",
     ] * 2  # fmt: skip
     for cell in front["cells"]:
         assert cell["flops"] > 0 and cell["ttft"] > 0 and len(cell["trials"]) == 2
         assert cell["sooner"]["low"] <= cell["sooner"]["median"] <= cell["sooner"]["high"]
-        assert {*cell["quality"]} == {*module.SHOWN} and 0 <= cell["recall"]["all"]["mean"] <= 1
+        assert {*cell["quality"]} == {*SHOWN} and 0 <= cell["recall"]["all"]["mean"] <= 1
         if cell["method"] == "exact":
             assert cell["quality"]["agreement"]["mean"] == cell["quality"]["retention"]["mean"] == 1
             assert cell["sooner"]["median"] == 1
@@ -77,7 +80,9 @@ def test_gains_are_over_plain_prediction_on_the_same_windows_and_questions(front
             )
     rows = pareto_report.gain_markdown(front).splitlines()[2:]
     assert [row.split(" | ")[1] for row in rows] == ["dial-both 0.1", "sparse-top 0.1"] * 2
-    alone = Settings([96], ["exact", "sparse-top"], [0.1], windows=2, score_tokens=4, questions=0, trials=1)
+    alone = FrontSettings(
+        [96], ["exact", "sparse-top"], [0.1], windows=2, score_tokens=4, questions=0, trials=1
+    )
     assert all(c["gain"] is None for c in pareto(demo_pair[0], "pycode", alone, data)["cells"])
 
 
@@ -100,7 +105,7 @@ def test_differences_of_shares(table, expected):
 
 
 def test_every_name_in_the_schema_is_documented(front):
-    page = (Path(__file__).parents[1] / "docs/dial.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/front.md").read_text(encoding="utf-8")
     names = {*front, *front["cells"][0], *front["settings"], *front["cells"][0]["recall"]}
     assert not {name for name in names if f"`{name}`" not in page}
 
@@ -128,7 +133,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, mon
 
 
 def test_other_settings_do_not_go_on(demo_pair, data, front):
-    other = Settings([96, 128], ["predicted"], [0.1], windows=5)
+    other = FrontSettings([96, 128], ["predicted"], [0.1], windows=5)
     with pytest.raises(
         ValueError, match=r"the settings of the results there and now differ: .*windows 4, now 5"
     ):
@@ -146,7 +151,7 @@ def test_other_settings_do_not_go_on(demo_pair, data, front):
 
 def test_random_weights_are_timed_only():
     found = pareto(
-        make_pair("gemma3_text", "qwen2"), "tiny", Settings([40], ["dial-last", "last-only"], trials=1)
+        make_pair("gemma3_text", "qwen2"), "tiny", FrontSettings([40], ["dial-last", "last-only"], trials=1)
     )
     assert [c["quality"] for c in found["cells"]] == [None] * 9
     assert {c["method"] for c in found["cells"] if c["skipped"]} == {"last-only"}
@@ -154,13 +159,13 @@ def test_random_weights_are_timed_only():
 
 
 def test_prompts_too_short_for_the_facts(demo_pair, data):
-    found = pareto(demo_pair[0], "pycode", Settings([40], ["exact"], windows=2, trials=1), data)
+    found = pareto(demo_pair[0], "pycode", FrontSettings([40], ["exact"], windows=2, trials=1), data)
     assert found["cells"][0]["recall"] is None and "no recall at 40 tokens" in found["warnings"][-1]
 
 
 def test_files(front, tmp_path):
-    pareto_report.write(tmp_path, front, plot=True)
-    assert pareto_report.read(tmp_path / "results.json") == front
+    files.write(tmp_path, front, plot=True)
+    assert files.read(tmp_path / "results.json") == front
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 8 and float(rows[1]["agreement"]) == front["cells"][1]["quality"]["agreement"]["mean"]
     for picture in ("pareto.png", "front.png"):
@@ -171,12 +176,12 @@ def test_files(front, tmp_path):
     assert by_depth[0].count("depth") == 5 and len(by_depth) == 2 + len(recalled)
     (tmp_path / "results.json").write_text('{"schema": 1, "kind": "pareto"}')
     with pytest.raises(ValueError, match="'pareto' of schema 1, expected 'pareto' of schema 2"):
-        pareto_report.read(tmp_path / "results.json")
+        files.read(tmp_path / "results.json")
 
 
 def test_prompts_too_short_to_be_predicted(demo_pair, data):
     with pytest.raises(ValueError, match=r"prompt lengths \[32\], expected more than 32 tokens"):
-        pareto(demo_pair[0], "pycode", Settings([32, 96], ["exact"], windows=2, trials=1), data)
+        pareto(demo_pair[0], "pycode", FrontSettings([32, 96], ["exact"], windows=2, trials=1), data)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(demo_pair, data, monkeypatch):
@@ -199,7 +204,7 @@ def test_recall_counts_answers_that_are_right_to_the_last_token():
     ]
 
     class Counts:
-        """After each token, that token and one makes the next: 5, 6, 7 after a prompt that ends with 3 or 4."""
+        """After each token comes that token and one: 5, 6, 7 after a prompt that ends with 3 or 4."""
 
         def __call__(self, inputs, cache):
             following = mx.where(inputs < 5, 5, inputs + 1)
@@ -223,9 +228,11 @@ def test_recall_by_kind_and_depth(demo_pair, data):
 def test_command(run, tmp_path):
     text, out = tmp_path / "text.py", tmp_path / "out"
     text.write_text(TEXT)
-    options = ["--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
-               "--windows", 2, "--score-tokens", 8, "--questions", 1, "--trials", 1, "--dequantize", "--all-documents",
-               "--output-dir", out]  # fmt: skip
+    options = [
+        "--data", text, "--prompt-lens", 128, "--methods", "predicted,dial-last", "--budgets", "0.1,0.2",
+        "--windows", 2, "--score-tokens", 8, "--questions", 1, "--trials", 1, "--dequantize",
+        "--all-documents", "--output-dir", out,
+    ]  # fmt: skip
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
     assert sorted(f.name for f in out.iterdir()) == ["front.png", "pareto.png", "results.csv", "results.json"]

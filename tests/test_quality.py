@@ -15,8 +15,10 @@ from kvpred_mlx import KVPredictionModel
 from kvpred_mlx.bench.front.recall import KINDS, RecallTask
 from kvpred_mlx.making import data
 from kvpred_mlx.making.card import CardFacts, card_text
-from kvpred_mlx.making.fit import FitSettings, fit
-from kvpred_mlx.making.quality import METRICS, cut_windows, measure, modes_of
+from kvpred_mlx.making.fit import fit
+from kvpred_mlx.making.quality import METRICS, measure, modes_of
+from kvpred_mlx.making.settings import FitSettings
+from kvpred_mlx.making.windows import cut_windows
 
 DOCUMENTS = [np.random.default_rng(i).integers(1, 127, 60 + 7 * i).tolist() for i in range(6)]
 

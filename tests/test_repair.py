@@ -10,13 +10,14 @@ import pytest
 import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
-from pairs import PAIRS, difference, make_pair, reference_cache, tokens
+from pairs import PAIRS, difference, make_first_layers_pair, make_pair, reference_cache, tokens
 from processes import command
 
 from kvpred_mlx import ExactPositions
 from kvpred_mlx.bench.studies import repair as bench
 from kvpred_mlx.generation import repair as module
 from kvpred_mlx.generation import stream as generation
+from kvpred_mlx.generation.chunks import announce_prompt
 from kvpred_mlx.generation.repair import RepairingModel
 from kvpred_mlx.pair.loading import DEMO_PAIR
 
@@ -27,7 +28,7 @@ def generate(model, prompt, n, cache=None):
     """`n` greedy tokens with mlx-lm's own `generate_step`, and the cache."""
     pair = getattr(model, "pair", model)
     options = {"prompt_cache": cache}
-    generation.announce_prompt(pair, prompt.size, options)
+    announce_prompt(pair, prompt.size, options)
     steps = generate_step(prompt[0], model, max_tokens=n, **options)
     return [token for token, _ in steps], options["prompt_cache"]
 
@@ -53,18 +54,18 @@ def repaired_on_a_clock(monkeypatch, budget, prompt, n, seconds_per_token=0.1):
     def slice_of(entry):
         return seconds_per_token * min(work.slice, work.lag(entry))
 
-    def read(entry, progress):
+    def read(entry, status):
         seconds = slice_of(entry)
         with monkeypatch.context() as patch:
             patch.setattr(mx, "eval", lambda *a: timed(evaluate, *a, seconds=seconds))
-            type(work).read(work, entry, progress)
+            type(work).read(work, entry, status)
 
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(work, "read", read)
     monkeypatch.setattr(work, "finish", lambda i, c, p: timed(finish, i, c, p, seconds=1 + slice_of(c[-1])))
     monkeypatch.setattr(type(model.pair), "_decode", lambda self, *a: timed(decode, self, *a, seconds=1))
     options = {}
-    generation.announce_prompt(model.pair, prompt.size, options)
+    announce_prompt(model.pair, prompt.size, options)
     for _ in generate_step(prompt[0], model, max_tokens=n, **options):
         times.append(now[0])
     return model, times
@@ -76,7 +77,7 @@ def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliar
     pair = make_pair(base, auxiliary, exact_positions=dial)
     model, prompt = RepairingModel(pair, budget=1), tokens(61)
     found, cache = generate(model, prompt, 20)
-    start = model.progress.exact_from
+    start = model.status.exact_from
     assert start is not None and 3 <= start <= 14
     fed = mx.concatenate([prompt, mx.array([found])], axis=1)
     plain = make_prompt_cache(pair.base)
@@ -94,7 +95,7 @@ def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
     monkeypatch.setattr(model._work, "read", lambda *a: (reads.append(len(out)), read(*a)))
     monkeypatch.setattr(model._work, "finish", lambda *a: (reads.append(len(out)), finish(*a))[1])
     out, options = [], {}
-    generation.announce_prompt(model.pair, 80, options)
+    announce_prompt(model.pair, 80, options)
     for token, _ in generate_step(tokens(80)[0], model, max_tokens=10, **options):
         out.append(token)
     assert reads and min(reads) >= 1
@@ -105,11 +106,11 @@ def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
 def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, seconds_per_token):
     """But for the first slice, of which nothing is known."""
     model, times = repaired_on_a_clock(monkeypatch, budget, tokens(200), 150, seconds_per_token)
-    assert model.progress.slices > 1
+    assert model.status.slices > 1
     unknown = seconds_per_token * module.FIRST_SLICE
     for i, seconds in enumerate(times):
         assert seconds - times[0] <= i / (1 - budget) + unknown + 1e-6
-    end = model.progress.exact_from
+    end = model.status.exact_from
     if budget == 0.5 and seconds_per_token < 0.3:
         assert end is not None and times[end] - times[0] <= (end + 1) / (1 - budget)
         assert times[end] - times[0] > 0.7 * end / (1 - budget)  # it is used, too
@@ -118,8 +119,8 @@ def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, sec
 
 def test_a_repair_that_cannot_catch_up_is_given_up(monkeypatch):
     model, times = repaired_on_a_clock(monkeypatch, 0.3, tokens(200), 200, seconds_per_token=0.6)
-    assert model.progress.given_up and model.progress.exact_from is None
-    assert model.progress.slices == module.PATIENCE and model._work._cache is None
+    assert model.status.given_up and model.status.exact_from is None
+    assert model.status.slices == module.PATIENCE and model._work._cache is None
     ends = [b - a for a, b in zip(times[-40:], times[-39:], strict=False)]
     assert ends == pytest.approx([1.0] * len(ends))  # decoding is as fast as without a repair again
 
@@ -127,13 +128,13 @@ def test_a_repair_that_cannot_catch_up_is_given_up(monkeypatch):
 def test_a_stall_is_no_earning_and_no_cost(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    work, progress = RepairingModel(make_pair(), 0.5)._work, module.Progress()
+    work, status = RepairingModel(make_pair(), 0.5)._work, module.RepairStatus()
     work.steps = 3
     for seconds in (1, 1, 1, 100, 1):
-        work.account(progress)
+        work.account(status)
         now[0] += seconds
-    work.account(progress)
-    assert work._credit == 5 and progress.seconds == 0
+    work.account(status)
+    assert work._credit == 5 and status.seconds == 0
 
 
 @pytest.mark.parametrize(("spent", "stall", "size"), [(12, 0, 8), (3, 0, 16), (1, 0, 32), (1, 500, 16)])
@@ -146,16 +147,16 @@ def test_slices_take_two_to_four_steps(monkeypatch, spent, stall, size):
     model(tokens(300), cache=cache)
     work.steps = 3
     for _ in range(6):
-        work.account(model.progress)
+        work.account(model.status)
         now[0] += 1
-    work.account(model.progress)
+    work.account(model.status)
     assert work.affordable(work.lag(cache[-1]))
     evaluate = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *a: (evaluate(*a), now.__setitem__(0, now[0] + spent)))
-    work.read(cache[-1], model.progress)
+    work.read(cache[-1], model.status)
     now[0] += stall + 1
-    work.account(model.progress)
-    assert work.slice == size and model.progress.seconds == (spent if not stall else spent + 1)
+    work.account(model.status)
+    assert work.slice == size and model.status.seconds == (spent if not stall else spent + 1)
 
 
 def test_a_second_turn_reads_only_what_is_not_exact_yet():
@@ -167,7 +168,7 @@ def test_a_second_turn_reads_only_what_is_not_exact_yet():
     found, cache = generate(model, second, 12, cache)
     everything = mx.concatenate([logged, second, mx.array([found])], axis=1)
     assert difference(cache, reference_cache(pair, [("exact", everything)])) < TOLERANCE
-    assert model.progress.slices <= 3  # 45 tokens and a few, in slices of 16
+    assert model.status.slices <= 3  # 45 tokens and a few, in slices of 16
 
 
 def test_what_is_exact_already_is_not_repaired():
@@ -176,7 +177,7 @@ def test_what_is_exact_already_is_not_repaired():
         for name, value in settings.items():
             setattr(model.pair, name, value)
         _, cache = generate(model, tokens(60), 8)
-        assert model.progress.slices == 0 and model.progress.exact_from == 0
+        assert model.status.slices == 0 and model.status.exact_from == 0
         assert cache[-1].exact_tokens == cache[-1].size() == 68
 
 
@@ -189,7 +190,7 @@ def test_a_short_turn_repairs_what_an_earlier_one_left_predicted(turn):
     assert cache[-1].exact_tokens == 0
     model = RepairingModel(pair, budget=1)
     answer, cache = generate(model, second, 20, cache)
-    assert model.progress.exact_from and cache[-1].exact_tokens == cache[-1].size()
+    assert model.status.exact_from and cache[-1].exact_tokens == cache[-1].size()
     everything = mx.concatenate([logged, second, mx.array([answer])], axis=1)
     assert cache[-1].size() == everything.shape[1]
     assert difference(cache, reference_cache(pair, [("exact", everything)])) < TOLERANCE
@@ -202,13 +203,13 @@ def test_an_exact_turn_is_not_read_again():
     pair.exact = False
     model = RepairingModel(pair, budget=1)
     generate(model, tokens(40, 2), 14, cache)
-    assert model.progress.exact_from and model.progress.slices <= 5  # of 8 tokens at least, not of 160
+    assert model.status.exact_from and model.status.slices <= 5  # of 8 tokens at least, not of 160
 
 
 def test_interrupted_repair_leaves_the_predicted_cache(monkeypatch):
     pair, prompt = make_pair(), tokens(150)
     model, options, found = RepairingModel(pair, budget=1), {}, []
-    generation.announce_prompt(pair, 150, options)
+    announce_prompt(pair, 150, options)
     base, calls = type(pair.base).__call__, []
 
     def stop(self, inputs, cache=None, **rest):
@@ -294,7 +295,60 @@ def test_the_benchs_table():
 def test_the_benchs_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n\n" * 40)
-    bench.main(str(DEMO_PAIR), text, prompt_tokens=64, max_tokens=8, prompts=2, budget=1, dequantize=True)
+    bench.main(text, str(DEMO_PAIR), prompt_tokens=64, max_tokens=8, prompts=2, budget=1, dequantize=True)
     assert capsys.readouterr().out.startswith("2 prompts of 64 tokens, budget 1\n")
     with pytest.raises(typer.BadParameter, match="expected at least 5000"):
-        bench.main(str(DEMO_PAIR), text, prompt_tokens=5000)
+        bench.main(text, str(DEMO_PAIR), prompt_tokens=5000)
+
+
+@pytest.mark.parametrize("base", ["qwen3", "llama", "gemma3_text", "openelm"])
+@pytest.mark.parametrize("dial", [None, ExactPositions(depth=((1, 0.5), (2, 0.9))), ExactPositions(top=0.2)])
+def test_repair_of_a_first_layers_pair(base, dial):
+    """The cache ends exact; from the depth on, and not from the first layer, where hidden states tell all."""
+    pair = make_first_layers_pair(base, [1, 2], exact_positions=dial)
+    model, prompt = RepairingModel(pair, budget=1), tokens(60)
+    called = []
+    first = type(pair.base.layers[0])
+    plain = first.__call__
+
+    def noted(self, x, *args, **kwargs):
+        if self is pair.base.layers[0]:
+            called.append(x.shape[1])
+        return plain(self, x, *args, **kwargs)
+
+    first.__call__ = noted
+    try:
+        found, cache = generate(model, prompt, 14)
+    finally:
+        first.__call__ = plain
+    assert model.status.exact_from and model.status.slices
+    everything = mx.concatenate([prompt, mx.array([found])], axis=1)
+    assert difference(cache, reference_cache_of_base(pair, everything)) < TOLERANCE
+    since = model.status.exact_from
+    given = mx.concatenate([prompt, mx.array([found[:since]])], axis=1)
+    assert found[since:] == exact_continuation(pair, given, len(found) - since)
+    if dial is None or not dial.top:
+        assert pair.first_layers_reader.resumable(1) and not set(called) & {
+            8,
+            16,
+            32,
+        }  # no slice begins below
+
+
+def reference_cache_of_base(pair, everything):
+    cache = make_prompt_cache(pair.base)
+    pair.base(everything, cache=cache)
+    return [*cache, None]
+
+
+def test_a_second_turn_of_a_first_layers_pair_is_repaired_whole():
+    """Hidden states of what an earlier turn predicted are gone: it is read from the first layer."""
+    pair = make_first_layers_pair("qwen3", [1])
+    first, second = tokens(50, 1), tokens(45, 2)
+    found, cache = generate(pair, first, 4)
+    logged = mx.concatenate([first, mx.array([found])], axis=1)
+    model = RepairingModel(pair, budget=1)
+    answer, cache = generate(model, second, 20, cache)
+    everything = mx.concatenate([logged, second, mx.array([answer])], axis=1)
+    assert model.status.exact_from
+    assert difference(cache, reference_cache_of_base(pair, everything)) < TOLERANCE

@@ -18,7 +18,8 @@ import kvpred_mlx
 from kvpred_mlx.bench.studies.soak import soak
 from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.serving.server import PairGenerator, PairPromptCache, PairProvider, Settings
+from kvpred_mlx.serving.generator import PairGenerator, PairPromptCache, PairProvider
+from kvpred_mlx.serving.settings import ServerSettings
 
 NAME = DEMO_PAIR.name
 CONTEXT = context_length(read_config(DEMO_PAIR))
@@ -287,7 +288,7 @@ def test_a_short_soak(served):
 
 
 def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, expected):
-    generator = PairGenerator(PairProvider(*demo_pair, Settings()), PairPromptCache(4), "pair", None)
+    generator = PairGenerator(PairProvider(*demo_pair, ServerSettings()), PairPromptCache(4), "pair", None)
     real, failures = mlx_lm.server.BatchGenerator.next, [RuntimeError("out of memory")]
 
     def fails_once(batch):

@@ -20,9 +20,11 @@ from pairs import make_pair, tokens
 from kvpred_mlx import load, save
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.joint import joint_trainer, restored_types
-from kvpred_mlx.making.loop import DivergedError, Settings, Trainer, saved_states
+from kvpred_mlx.making.loop import DivergedError, Trainer
 from kvpred_mlx.making.loss import LossWeights
 from kvpred_mlx.making.optimizers import make_optimizer, schedule
+from kvpred_mlx.making.settings import TrainingSettings
+from kvpred_mlx.making.states import saved_states
 
 FAMILIES = [
     ("openelm", "openelm"),
@@ -31,7 +33,9 @@ FAMILIES = [
     ("gemma3_text", "qwen3"),
     ("olmoe", "qwen2"),
 ]
-SETTINGS = Settings(iters=6, batch_size=4, learning_rate=3e-3, warmup=2, save_every=2, steps_per_report=1)
+SETTINGS = TrainingSettings(
+    iters=6, batch_size=4, learning_rate=3e-3, warmup=2, save_every=2, steps_per_report=1
+)
 
 
 def data(rows=24, length=16) -> PackedSequences:
@@ -216,7 +220,7 @@ def test_every_row_once_an_epoch():
 
 
 def test_schedule_warms_up_and_decays():
-    settings = Settings(iters=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
+    settings = TrainingSettings(iters=100, warmup=10, learning_rate=1.0, end_learning_rate=0.1)
     rate = schedule(settings)
     rates = [rate(mx.array(i)).item() for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
@@ -225,7 +229,7 @@ def test_schedule_warms_up_and_decays():
 
 def test_settings_refused():
     with pytest.raises(ValueError, match="iters is 0, expected at least 1; learning_rate is nan"):
-        Settings(iters=0, learning_rate=float("nan"))
+        TrainingSettings(iters=0, learning_rate=float("nan"))
     with pytest.raises(ValueError, match="optimizer 'sgd', expected adamw or muon"):
         joint_trainer(make_pair(), data(), dataclasses.replace(SETTINGS, optimizer="sgd"))
 

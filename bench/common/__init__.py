@@ -1,1 +1,1 @@
-"""What several measurements share: machine, statistics, FLOPs, results on disk."""
+"""What several measurements share: machine, pair, FLOPs, statistics, results and their tables, commands."""

@@ -1,13 +1,13 @@
 """Floating-point operations until the first token, counted on the graph that MLX would evaluate.
 
-A multiply-add counts 2.  Counted are matrix products: projections, experts, the vocabulary, and attention's two
-products; embeddings, norms, RoPE and activations are free.  Because the graph holds only what the asked-for
-arrays depend on, prediction is charged for nothing that is never evaluated, and a mixture of experts only for
-the experts that are active.
+A multiply-add counts 2.  Counted are matrix products: projections, experts, the vocabulary, and attention's
+two products; embeddings, norms, RoPE and activations are free.  Because the graph holds only what the
+asked-for arrays depend on, prediction is charged for nothing that is never evaluated, and a mixture of
+experts only for the experts that are active.
 
 Attention is counted causally: the cost of a prompt is the sum of the costs of its tokens, each processed by
-itself after the tokens before it.  That cost is a piecewise linear function of the position (sliding windows make
-the pieces), so a few positions are traced and the rest follows.
+itself after the tokens before it.  That cost is a piecewise linear function of the position (sliding windows
+make the pieces), so a few positions are traced and the rest follows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.bench.common.graph import Shape, Step, after, caches, fill, primitives
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -32,13 +33,14 @@ class TTFT:
 
     Args:
         exact: the base's full prefill, as mlx-lm does it, and its step on the last prompt token.
-        predicted: the auxiliary up to the keys and values that are read, the predictor, and the base's step.
-        auxiliary: the auxiliary by itself, prefill and step.
+        predicted: the auxiliary up to the keys and values that are read (or the base's first layers), the predictor,
+            and the base's step.
+        auxiliary: the auxiliary by itself, prefill and step; None if there is none.
     """
 
     exact: int
     predicted: int
-    auxiliary: int
+    auxiliary: int | None
 
     @property
     def ratio(self) -> float:
@@ -55,7 +57,8 @@ def ttft_flops(pair: KVPredictionModel, prompt_tokens: int) -> TTFT:
     predicted = exact
     if prompt_tokens > pair.min_prompt_tokens:
         predicted = dial_flops(pair, pair.exact_positions or ExactPositions(), prompt_tokens)
-    return TTFT(exact, predicted, full_prefill_flops(pair.auxiliary, prompt_tokens))
+    alone = None if pair.auxiliary is None else full_prefill_flops(pair.auxiliary, prompt_tokens)
+    return TTFT(exact, predicted, alone)
 
 
 def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int) -> int:
@@ -68,11 +71,18 @@ def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int
     chosen = call.top * base.between(*call.candidates) // len(candidates) if call.top else 0
     exact = base.until(call.first) + base.between(call.last, call.tokens) + chosen
     scores = scores_flops(pair, call.tokens) if call.top else 0
-    return (
-        Cost(predict(pair), auxiliary_caches(pair)).until(call.read)
-        + scores
-        + exact
-        + step_flops(pair.base, call.tokens)
+    return _reading_flops(pair, call) + scores + exact + step_flops(pair.base, call.tokens)
+
+
+def _reading_flops(pair: KVPredictionModel, call: Call) -> int:
+    """What predicts: the auxiliary and the maps, or span by span the base's first layers and the maps."""
+    if pair.first_layers_reader is None:
+        return Cost(predict(pair), reader_caches(pair)).until(call.read)
+    spans = [span for span in call.spans() if not span.exact]
+    ends = [span.stop for span in spans[:-1]] + [max(call.read, call.last)]  # with a top the end is read, too
+    return sum(
+        Cost(read(pair, span.depth), reader_caches(pair)).between(span.start, end)
+        for span, end in zip(spans, ends, strict=True)
     )
 
 
@@ -80,21 +90,30 @@ def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
     """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs."""
 
     def listened(tokens: mx.array, cache: list[Any]) -> Any:
-        with pair.importance.listen() as heard:
-            return [read(pair)(tokens, cache), heard.scores(tokens.shape[1], tokens.shape[1], [0])]
+        with pair.importance.listen(pair.heard_layers) as heard:
+            made = read(pair)(tokens, cache)
+        return [made, heard.scores(tokens.shape[1], tokens.shape[1], [0])]
 
     both, alone = (
         graph_flops(function, *arrays)
         for function, arrays in (
-            after(0, (1, tokens), step, auxiliary_caches(pair)) for step in (listened, read(pair))
+            after(0, (1, tokens), step, reader_caches(pair)) for step in (listened, read(pair))
         )
     )
     return both - alone
 
 
-def read(pair: KVPredictionModel) -> Step:
-    """The auxiliary, as far as the predictor reads it."""
-    return lambda tokens, cache: pair.auxiliary_features(tokens, cache)
+def read(pair: KVPredictionModel, depth: int | None = None) -> Step:
+    """The auxiliary, as far as the predictor reads it; or the base's first layers with all entries that follow."""
+    reader = pair.first_layers_reader
+    if reader is None:
+        return lambda tokens, cache: pair.auxiliary_features(tokens, cache)
+
+    def fill(tokens: mx.array, cache: list[Any]) -> Any:
+        reader.fill(tokens, cache, depth=depth)
+        return [c.state for c in cache]
+
+    return fill
 
 
 def predict(pair: KVPredictionModel) -> Step:
@@ -102,8 +121,10 @@ def predict(pair: KVPredictionModel) -> Step:
     return lambda tokens, cache: pair.predictor(read(pair)(tokens, cache))
 
 
-def auxiliary_caches(pair: KVPredictionModel) -> Callable[[], list[Any]]:
-    """Makes the auxiliary's empty caches."""
+def reader_caches(pair: KVPredictionModel) -> Callable[[], list[Any]]:
+    """Makes the empty caches of what reads: the auxiliary's, or the base's."""
+    if pair.first_layers_reader is not None:
+        return caches(pair.base)
     return lambda: list(pair.make_cache()[-1].auxiliary)
 
 

@@ -45,7 +45,7 @@ def caches(model: nn.Module) -> Callable[[], list[Any]]:
 def after(
     cached: int, shape: tuple[int, int], step: Step, make_cache: Callable[[], list[Any]]
 ) -> tuple[Callable[..., Any], list[mx.array]]:
-    """`step` on tokens of `shape` after `cached` tokens, as a function of the tokens and the cache's arrays."""
+    """`step` on tokens of `shape` after `cached` ones, as a function of the tokens and the cache's arrays."""
     filled = make_cache()
     if cached:
         step(mx.zeros((shape[0], cached), mx.int32), filled)

@@ -1,57 +1,60 @@
-"""Results on disk: `results.json`, `results.csv` and `ttft.png`, written beside and then renamed."""
+"""A measurement's results: one dictionary that is ready for JSON, how it begins, and its files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvpred_mlx.bench.ttft.report import csv_text
-from kvpred_mlx.bench.ttft.run import SCHEMA, Results
+from kvpred_mlx.bench.common import machine
 
-FILES = ("results.json", "results.csv", "ttft.png")
+Results = dict[str, Any]
 
 
-def check_new(folder: Path) -> None:
-    """Make sure that results can be written to `folder` before hours are spent on them.
+def begin(
+    schema: int,
+    pair: dict[str, Any] | None,
+    settings: dict[str, Any],
+    *,
+    kind: str | None = None,
+    command: Sequence[str] = ("kvpred-mlx",),
+    **own: Any,
+) -> Results:
+    """The beginning of all results: what is measured, when, where, and by which command; not `complete` yet.
 
-    Raises:
-        FileExistsError: it holds results already.
-        OSError: it cannot be written.
+    Args:
+        schema: of this kind of results; it changes when a name or a meaning does.
+        pair: `describe_pair`, or what of it is shown (None: there is no single pair).
+        kind: tells results apart whose files have the same name.
+        command: what the arguments of this process were given to.
+        own: what this kind of results has beside.
     """
-    there = [name for name in FILES if (folder / name).exists()]
-    if there:
-        raise FileExistsError(f"{folder} has {' and '.join(there)} already: give another --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / ".results.json", lambda path: path.write_text("{}"))
-    (folder / ".results.json").unlink()
+    return {
+        "schema": schema,
+        **({} if kind is None else {"kind": kind}),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [*command, *sys.argv[1:]],
+        "machine": machine.describe(),
+        **({} if pair is None else {"pair": pair}),
+        "settings": settings,
+        **own,
+        "complete": False,
+    }
 
 
-def write(folder: Path, results: Results, plot: bool) -> None:
-    """Write what there is so far; without matplotlib there is no picture, and a warning in the results."""
-    draw = plot and results["shapes"] and can_draw(results)
-    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
-    if draw:
-        from kvpred_mlx.bench.ttft.plot import plot as draw_plot
-
-        write_file(folder / "ttft.png", lambda path: draw_plot(results, path))
-
-
-def read(path: Path) -> Results:
-    """Read a `results.json`.
-
-    Raises:
-        ValueError: it is not one, or of another schema.
-        OSError: it cannot be read.
-    """
-    results = read_json(path)
-    schema = results.get("schema") if isinstance(results, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema {schema!r}, expected {SCHEMA} (a results.json of kvpred-mlx bench)")
-    return results
+def machine_text(results: Results) -> str:
+    """Machine, backend and versions of any pair's results, in one line."""
+    m, v = results["machine"], results["machine"]["versions"]
+    threads = f", {m['blas_threads']} threads" if m["blas_threads"] else ""
+    return (
+        f"{m['processor']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}; "
+        f"MLX {v['mlx']} {m['device']}, {results['pair']['dtype']}, BLAS: {m['blas']}{threads}; "
+        f"mlx-lm {v['mlx-lm']}"
+    )
 
 
 def can_draw(results: Results) -> bool:
@@ -74,6 +77,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def write_json(path: Path, results: Results) -> None:
+    """Write results as JSON."""
+    write_file(path, lambda beside: beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"))
 
 
 def write_file(path: Path, make: Callable[[Path], object]) -> None:

@@ -43,8 +43,8 @@ def share(right: Sequence[float]) -> dict[str, float]:
 def paired_shares(right: Sequence[bool], other: Sequence[bool]) -> dict[str, float]:
     """The difference of two shares of right answers to the same questions, with its 95 % interval.
 
-    Newcombe's hybrid of two Wilson intervals for paired answers (Statistics in Medicine 17, 1998, method 10): unlike a
-    bootstrap it has a width where all pairs agree.
+    Newcombe's hybrid of two Wilson intervals for paired answers (Statistics in Medicine 17, 1998, method 10):
+    unlike a bootstrap it has a width where all pairs agree.
     """
     n, both = len(right), sum(a and b for a, b in zip(right, other, strict=True))
     p, q = share(right), share(other)

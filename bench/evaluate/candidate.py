@@ -1,10 +1,10 @@
-"""Runs one candidate program and says how it went; started by `sandbox.run` in a process and a folder of its own.
+"""Runs one candidate program and says how it went; `sandbox.run` starts it, in a folder of its own.
 
-Standard library only, in isolated mode.  Limits are set, and doors are closed, before the candidate's code is run:
-processor time, memory, file sizes; on Linux a network namespace without interfaces and a Landlock ruleset that allows
-no writing outside the folder, where the kernel has them; and everywhere an audit hook, which cannot be taken off again
-from Python, against network, processes, signals and files outside the folder.  It guards against a model's accidents,
-not against an attacker.
+Standard library only, in isolated mode.  Limits are set, and doors are closed, before the candidate's code is
+run: processor time, memory, file sizes; on Linux a network namespace without interfaces and a Landlock
+ruleset that allows no writing outside the folder, where the kernel has them; and everywhere an audit hook,
+which cannot be taken off again from Python, against network, processes, signals and files outside the folder.
+It guards against a model's accidents, not against an attacker.
 """
 
 from __future__ import annotations
@@ -17,46 +17,24 @@ import resource
 import sys
 from typing import Any
 
+# Audit events that begin like this: never allowed, and allowed for paths in the candidate's folder.
 FORBIDDEN = (
-    *("socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn"),
-    *(
-        "os.kill",
-        "os.startfile",
-        "pty.",
-        "signal.",
-        "urllib.",
-        "http.",
-        "ftplib.",
-        "smtplib.",
-        "sqlite3.",
-        "mmap.",
-    ),
-    *("resource.", "os.chroot", "os.set_inheritable", "code.__new__"),
-)
+    "socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn",
+    "os.kill", "os.startfile", "pty.", "signal.", "urllib.", "http.", "ftplib.", "smtplib.", "sqlite3.",
+    "mmap.", "resource.", "os.chroot", "os.set_inheritable", "code.__new__",
+)  # fmt: skip
 PATHS = (
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.link"),
-    *(
-        "os.symlink",
-        "os.utime",
-        "os.chflags",
-        "os.lockf",
-        "os.setxattr",
-        "os.removexattr",
-        "os.mkfifo",
-        "os.mknod",
-    ),
-    *("shutil.", "tempfile."),
-)
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.link",
+    "os.symlink", "os.utime", "os.chflags", "os.lockf", "os.setxattr", "os.removexattr", "os.mkfifo",
+    "os.mknod", "shutil.", "tempfile.",
+)  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_NO_NEW_PRIVS = 38
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 LANDLOCK_VERSION = 1  # a flag: which version of Landlock the kernel has
-LANDLOCK_WRITES = {
-    1: (1, 4, 5, 6, 7, 8, 9, 10, 11, 12),
-    2: (13,),
-    3: (14,),
-}  # bits of rights, new in each version
+# Bits of rights that are new in each version.
+LANDLOCK_WRITES = {1: (1, 4, 5, 6, 7, 8, 9, 10, 11, 12), 2: (13,), 3: (14,)}
 
 
 def main() -> None:

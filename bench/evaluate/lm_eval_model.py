@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,20 +17,17 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.generation.draft import prefill
-from kvpred_mlx.generation.stream import announce_prompt
+from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
+from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
-
-if TYPE_CHECKING:
-    from kvpred_mlx.bench.evaluate.run import Settings
 
 
 class LoadedLM(MLXLM):
     """mlx-lm's model class for a model that is loaded already.
 
-    A context is processed as a prompt is: its last token by itself, so that a pair's is exact, and what is scored
-    after it by the base.  mlx-lm would send the context whole.
+    A context is processed as a prompt is: its last token by itself, so that a pair's is exact, and what is
+    scored after it by the base.  mlx-lm would send the context whole.
 
     Args:
         model: a pair, in the mode that it is in, or a model of its own.
@@ -50,7 +47,7 @@ class LoadedLM(MLXLM):
         if isinstance(self._model, KVPredictionModel):
             announce_prompt(self._model, tokens.size, options)
         cache = options.setdefault("prompt_cache", make_prompt_cache(self._model))
-        prefill(self._model, tokens[:-1], cache, **options)
+        process_prompt(self._model, tokens[:-1], cache, **options)
         logits = self._model(tokens[None, -1:], cache=cache)[:, -1]
         logprobs = nn.log_softmax(logits.astype(mx.float32))
         mx.eval(logprobs)
@@ -78,7 +75,7 @@ def known_tasks(names: list[str], include_path: Any = None) -> list[str]:
     return [name for name in names if name in manager.all_tasks]
 
 
-def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: Settings) -> dict[str, Any]:
+def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSettings) -> dict[str, Any]:
     """Run one of lm-eval's tasks: `scores` and standard `errors` by metric, and what prompts there were.
 
     Raises:

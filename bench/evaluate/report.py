@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvpred_mlx.bench.common.results import write_file
-
-Results = dict[str, Any]
+from kvpred_mlx.bench.common.results import Results, write_file, write_json
 
 
 def table(results: Results) -> Table:
-    """Scores with 95 % intervals, what is left of the exact mode's, FLOPs and seconds until the first token."""
+    """Scores with 95 % intervals, their share of the exact mode's, FLOPs and seconds to the first token."""
     made = Table(
         title=f"{results['pair']['name']}, {results['pair']['dtype']}",
-        caption="with 95 % intervals; kept: share of the exact score\nGFLOPs, s: until the first token, mean and median",
+        caption="with 95 % intervals; kept: share of the exact score\n"
+        "GFLOPs, s: until the first token, mean and median",
         box=box.SIMPLE_HEAD,
     )
     for name in ("", "items", "score %", "kept %", "GFLOPs", "s"):
@@ -44,7 +42,7 @@ def table(results: Results) -> Table:
 
 def write(folder: Path, results: Results, plot: bool) -> None:
     """`results.json` and `quality.png`; without matplotlib there is no picture."""
-    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_json(folder / "results.json", results)
     if plot and results["rows"] and find_spec("matplotlib") is not None:
         write_file(folder / "quality.png", lambda path: draw(results, path))
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +12,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from kvpred_mlx.bench.common import machine
+from kvpred_mlx.bench.common.pairs import dtype_name
+from kvpred_mlx.bench.common.results import Results, begin
 from kvpred_mlx.bench.evaluate import tasks
 from kvpred_mlx.bench.evaluate.journal import Journal, Record
 from kvpred_mlx.bench.evaluate.scores import AUXILIARY, summarize
+from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, PASS_K, TASKS, TRIVIAQA, Task
 from kvpred_mlx.generation.stream import stream_generate
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 SCHEMA = 1
 WHOLE = "whole task"  # the id under which a task of lm-eval's is written down
-Progress = Callable[[int, int, str], None]
-Results = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to evaluate.  A run may be resumed with other tasks, modes and limits; the rest must be the same.
-
-    Args:
-        tasks: triviaqa, humaneval, or names of lm-eval's tasks.
-        modes: exact, predicted, auxiliary, or settings of the dial (see `Mode.parse`).
-        data: files of JSON lines, by task; the hub's data without.
-        limit: items of each task (None: all).
-        num_samples: of each HumanEval problem, for pass@10 (0: pass@1 only).
-        temp: sampling temperature of the samples.
-        top_p: of the samples.
-        max_tokens: of an answer (None: the task's own).
-        min_prompt_tokens: prompts of fewer tokens are not predicted; 1 predicts all, as in the paper.
-        batch_size: of lm-eval's tasks.
-        include_path: a folder with more of lm-eval's tasks.
-        seed: of the samples and of the intervals.
-    """
-
-    tasks: list[str]
-    modes: list[str] = field(default_factory=lambda: ["exact", "predicted", AUXILIARY])
-    data: dict[str, Path] = field(default_factory=dict)
-    limit: int | None = None
-    num_samples: int = PASS_K
-    temp: float = 0.8
-    top_p: float = 0.95
-    max_tokens: int | None = None
-    min_prompt_tokens: int = 1
-    batch_size: int = 8
-    include_path: Path | None = None
-    seed: int = 0
-
-    def same(self, pair: str) -> Record:
-        """What must be the same for items to stand in one table."""
-        names = ("num_samples", "temp", "top_p", "max_tokens", "min_prompt_tokens", "seed")
-        data = {name: str(path) for name, path in self.data.items()}
-        return {"pair": pair, "data": data} | {name: getattr(self, name) for name in names}
 
 
 class Evaluation:
@@ -87,7 +46,7 @@ class Evaluation:
         pair: KVPredictionModel,
         tokenizer: Any,
         name: str,
-        settings: Settings,
+        settings: EvaluationSettings,
         folder: Path,
         context: int | None = None,
     ):
@@ -101,7 +60,7 @@ class Evaluation:
 
     def run(
         self,
-        progress: Progress = lambda done, total, what: None,
+        progress: ProgressCallback = no_progress,
         finished: Callable[[Results], None] = lambda results: None,
     ) -> Results:
         """Evaluate what is not done yet; `finished` is called with the results so far after each task.
@@ -110,19 +69,12 @@ class Evaluation:
             ValueError, OSError: the data of a task cannot be had (see `tasks.rows`).
             KeyboardInterrupt: passed on; finished items are written down.
         """
-        results: Results = {
-            "schema": SCHEMA,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": ["kvpred-mlx", *sys.argv[1:]],
-            "machine": machine.describe(),
-            "pair": {
-                "name": self.name,
-                "dtype": str(self.pair.base(mx.array([[0]])).dtype).rpartition(".")[2],
-            },
-            "settings": {**self.settings.same(self.name), "limit": self.settings.limit},
-            "rows": [],
-            "complete": False,
-        }
+        results = begin(
+            SCHEMA,
+            {"name": self.name, "dtype": dtype_name(self.pair)},
+            {**self.settings.same(self.name), "limit": self.settings.limit},
+            rows=[],
+        )
         own = {name: self._rows(TASKS[name]) for name in self.settings.tasks if name in TASKS}
         before = self.pair.min_prompt_tokens
         self.pair.min_prompt_tokens = self.settings.min_prompt_tokens
@@ -142,7 +94,7 @@ class Evaluation:
         found = tasks.rows(task, self.settings.data.get(task.name), self.settings.limit)
         return {tasks.row_id(task, row, i): row for i, row in enumerate(found)}
 
-    def _own(self, name: str, rows: dict[str, Any], progress: Progress) -> dict[str, list[Record]]:
+    def _own(self, name: str, rows: dict[str, Any], progress: ProgressCallback) -> dict[str, list[Record]]:
         task, total = TASKS[name], len(rows) * len(self._modes)
         for i, (row_id, row) in enumerate(rows.items()):
             for j, mode in enumerate(self._modes):
@@ -155,7 +107,7 @@ class Evaluation:
         progress(total, total, name)
         return {mode: [self._journal[name, mode, i] for i in rows] for mode in self._modes}
 
-    def _of_lm_eval(self, name: str, rows: Any, progress: Progress) -> dict[str, list[Record]]:
+    def _of_lm_eval(self, name: str, rows: Any, progress: ProgressCallback) -> dict[str, list[Record]]:
         from kvpred_mlx.bench.evaluate.lm_eval_model import evaluate
 
         for i, mode in enumerate(self._modes):
@@ -172,7 +124,7 @@ class Evaluation:
         """The model that answers in a mode."""
         parsed = self._modes[mode]
         if parsed is None:
-            yield self.pair.auxiliary
+            yield self.pair.auxiliary_model
         else:
             with parsed.applied(self.pair):
                 yield self.pair
@@ -225,7 +177,7 @@ def _metrics(task: Task, num_samples: int) -> list[str]:
     return ["exact_match"] if task is TRIVIAQA else ["pass@1", *sampled]
 
 
-def _samples(task: Task, settings: Settings) -> int:
+def _samples(task: Task, settings: EvaluationSettings) -> int:
     return settings.num_samples if task is HUMANEVAL else 0
 
 

@@ -1,4 +1,14 @@
-"""Runs code that a model wrote, in a process that can do little harm (see candidate.py)."""
+"""Runs code that a model wrote, in a process that can do little harm (see candidate.py).
+
+Why not lm-eval's own: its `humaneval` scores with the `code_eval` of Hugging Face's `evaluate`, which is a
+script that is fetched from the hub when it is used, so nothing can be evaluated without a network.  Its
+`reliability_guard` says of itself that it is no sandbox: it puts None in the place of some functions of
+`os`, `shutil` and `subprocess`, leaves sockets and `open(path, "w")` as they are, and is called without a
+limit of memory.  On Linux it runs candidates in children that are forked from the process that holds the
+models, with all their memory and MLX's threads.  Here a candidate has an interpreter of its own that never
+saw the models; time, memory and files have limits; and network, processes and files elsewhere are refused,
+by the kernel too where it can.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +54,10 @@ class Outcome:
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a Python program in a process, a session and an empty folder of its own; it passes by ending normally.
+    """Run a Python program in a process, a session and an empty folder of its own.
 
-    Neither `sys.exit` nor `os._exit` is a normal end.  Whatever it has started is killed at the end.
+    It passes by ending normally, which neither `sys.exit` nor `os._exit` is.  Whatever it has started is
+    killed at the end.
     """
     limits = limits or Limits()
     nonce = secrets.token_hex(16)

@@ -103,7 +103,7 @@ def _score(scores: list[float], error: float | None, seed: int) -> dict[str, flo
 
 
 def _retention(scores: list[float], exact: list[float], seed: int) -> dict[str, float | None]:
-    """The score as a share of the exact mode's, item by item; None where that is zero or was not asked for."""
+    """The score as a share of the exact mode's, item by item; None where that is zero or not asked for."""
     if not exact or not np.mean(exact):
         return dict.fromkeys(("retention", "retention_low", "retention_high"))
     both = (np.asarray(scores), np.asarray(exact))

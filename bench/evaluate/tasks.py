@@ -1,4 +1,10 @@
-"""The paper's tasks: what is asked, where an answer ends, and what is right."""
+"""The paper's tasks: what is asked, where an answer ends, and what is right.
+
+lm-eval has both, and every other task is left to it.  These are here because an item is answered, timed and
+written down by itself, so that modes are neighbours in time and a long run goes on where it stopped; because
+their data may be a file; and because lm-eval adds a question mark to TriviaQA's questions, which have one,
+and scores HumanEval at pass@1, or at 64 samples.
+"""
 
 from __future__ import annotations
 

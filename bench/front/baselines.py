@@ -1,7 +1,7 @@
 """The methods of the Pareto front: the dial at several settings, and what people use today.
 
-Each method is a `Prefill` of `kvpred_mlx.making.quality` and the FLOPs of its first token.  A *budget* is the share of the prompt that the base processes exactly, or
-of its layers that are kept.
+Each method is a `Prefill` of `kvpred_mlx.making.quality` and the FLOPs of its first token.  A *budget* is the
+share of the prompt that the base processes exactly, or of its layers that are kept.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from mlx.utils import tree_flatten
 
 from kvpred_mlx.bench.common.flops import (
     Cost,
-    auxiliary_caches,
     dial_flops,
     full_prefill_flops,
     read,
+    reader_caches,
     scores_flops,
 )
 from kvpred_mlx.bench.front.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill, prefill_of
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.taps.shadows import layer_list_owners
+from kvpred_mlx.taps.layers import layer_list_owners
 
 SINKS = 4
 
@@ -43,8 +44,8 @@ class Method:
         prefill: of a pair at a budget.
         flops: of a pair, a prompt of so many tokens, and a budget.
         budgets: whether the budget means anything.
-        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens anywhere),
-            `drop` (leave some out).
+        needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens
+            anywhere), `drop` (leave some out).
     """
 
     title: str
@@ -67,7 +68,7 @@ def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
 
 
 def pruned(model: nn.Module, share: float) -> nn.Module:
-    """A model with `share` of the layers, evenly spread, first and last among them; the weights are shared."""
+    """A model with `share` of the layers, spread evenly, first and last among them; weights are shared."""
     arrays = dict(tree_flatten(model.parameters())).values()
     made = copy.deepcopy(model, {id(array): array for array in arrays})
     count, total = max(2, ceil(share * len(model.layers))), len(model.layers)
@@ -104,7 +105,7 @@ def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     def flops(pair: KVPredictionModel, n: int, budget: float) -> int:
         call = Call.of(dial(budget), n - 1, announced=None, windowed=False)
         kept = call.first + call.top + n - 1 - call.last
-        auxiliary = Cost(read(pair), auxiliary_caches(pair)).until(n - 1)
+        auxiliary = Cost(read(pair), reader_caches(pair)).until(n - 1)
         return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
 
     return Method(title, prefill, flops, needs=("top", "rows", "drop"))
@@ -124,8 +125,8 @@ METHODS: dict[str, Method] = {
         lambda pair, n, budget: dial_flops(pair, ExactPositions(), n), budgets=False,
     ),
     "auxiliary": Method(
-        "auxiliary alone", lambda pair, budget: prefill_of(pair.auxiliary),
-        lambda pair, n, budget: full_prefill_flops(pair.auxiliary, n), budgets=False,
+        "auxiliary alone", lambda pair, budget: prefill_of(pair.auxiliary_model),
+        lambda pair, n, budget: full_prefill_flops(pair.auxiliary_model, n), budgets=False, needs=("auxiliary",),
     ),
     "dial-last": _dial("dial: last", _last),
     "dial-top": _dial("dial: top", _top),
@@ -133,8 +134,8 @@ METHODS: dict[str, Method] = {
     "sparse-top": _sparse("sparse prefill: top", _top),
     "sparse-both": _sparse("sparse prefill: 4 first, last and top", _both),
     "last-only": Method(
-        "the last tokens only", lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept,
-        needs=("drop",),
+        "the last tokens only",
+        lambda pair, budget: drop_all_but_last(pair.base, _last(budget).last_of), _kept, needs=("drop",),
     ),
     "random": Method(
         "random tokens only",
@@ -150,7 +151,12 @@ METHODS: dict[str, Method] = {
 
 def usable(pair: KVPredictionModel, names: list[str]) -> dict[str, str]:
     """Which of the methods the pair's families cannot do, and why."""
-    checks = {"top": pair.importance.check, "rows": pair.rows.check, "drop": lambda: check_windows(pair.base)}
+    checks = {
+        "top": pair.importance.check,
+        "rows": pair.rows.check,
+        "drop": lambda: check_windows(pair.base),
+        "auxiliary": lambda: pair.auxiliary_model,
+    }
     reasons = {}
     for name in names:
         try:

@@ -10,10 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvpred_mlx.bench.common.results import Results, machine_text
 from kvpred_mlx.bench.front.baselines import METHODS
-from kvpred_mlx.bench.front.pareto import Cell, Results
-from kvpred_mlx.bench.front.report import FIGURES, exact_cell, figure
-from kvpred_mlx.bench.ttft.report import machine_text
+from kvpred_mlx.bench.front.cells import FIGURES, Cell, exact_cell, figure
 
 STYLES = {
     "exact": ("black", "*", ""),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 from kvpred_mlx.bench.common.statistics import share
 from kvpred_mlx.bench.front.recall import KINDS, Question, RecallTask
 from kvpred_mlx.making.quality import Prefill
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -25,9 +26,9 @@ def recalled(
     prefill: Prefill,
     asked: Sequence[Question],
     batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> list[bool]:
-    """Whether the model that `prefill` gives answers each question greedily, every token of the answer right."""
+    """Whether the model that `prefill` gives answers each question greedily, every token of it right."""
     found: dict[int, bool] = {}
     length = lambda i: len(asked[i].answer)
     for _, group in groupby(sorted(range(len(asked)), key=length), length):
@@ -35,7 +36,7 @@ def recalled(
             prompts = mx.array([asked[i].prompt for i in batch])
             answers = mx.array([asked[i].answer for i in batch])
             model, cache = prefill(prompts)
-            # Greedy decoding gives the answer exactly if each token of it is the most likely one after those before.
+            # Greedy decoding gives the answer if each token of it is the most likely one after those before.
             logits = model(mx.concatenate([prompts[:, -1:], answers[:, :-1]], axis=1), cache=cache)
             right: Any = mx.all(mx.argmax(logits, axis=-1) == answers, axis=1).tolist()
             found |= dict(zip(batch, right, strict=True))

@@ -1,58 +1,16 @@
-"""The Pareto front for people and programs: table, Markdown, CSV, and the files on disk."""
+"""The Pareto front for people and programs: table, Markdown, CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from kvpred_mlx.bench.common.results import can_draw, read_json, write_file
-from kvpred_mlx.bench.front.pareto import KIND, SCHEMA, SHOWN, Cell, Results, label
-
-FIGURES = {
-    "agreement": "agreement",
-    "first_token_agreement": "first token",
-    "recall": "recall",
-    "retention": "retention",
-}
-
-
-def write(folder: Path, results: Results, plot: bool) -> None:
-    """Write `results.json`, `results.csv` and, with matplotlib, `pareto.png` and (scored) `front.png`."""
-    drawable = plot and any(c["flops"] for c in results["cells"]) and can_draw(results)
-    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    write_file(folder / "results.csv", lambda path: path.write_text(csv_text(results)))
-    if drawable and any(c["ttft"] or c["quality"] for c in results["cells"]):
-        from kvpred_mlx.bench.front.plot import plot as draw
-        from kvpred_mlx.bench.front.plot import plot_front
-
-        write_file(folder / "pareto.png", lambda path: draw(results, path))
-        if any(c["quality"] for c in results["cells"]):
-            write_file(folder / "front.png", lambda path: plot_front(results, path))
-
-
-def read(path: Path) -> Results:
-    """Read a front's `results.json`.
-
-    Raises:
-        ValueError: it is not one, or of another schema.
-        OSError: it cannot be read.
-    """
-    results = read_json(path)
-    given = (results.get("kind"), results.get("schema")) if isinstance(results, dict) else (None, None)
-    if given != (KIND, SCHEMA):
-        raise ValueError(
-            f"{path}: {given[0]!r} of schema {given[1]!r}, expected {KIND!r} of schema {SCHEMA} "
-            "(a results.json of kvpred-mlx pareto)"
-        )
-    return results
+from kvpred_mlx.bench.common import formats
+from kvpred_mlx.bench.common.results import Results
+from kvpred_mlx.bench.front.cells import FIGURES, SHOWN, Cell, exact_cell, figure, label
 
 
 def table(results: Results) -> Table:
@@ -60,7 +18,7 @@ def table(results: Results) -> Table:
     title = f"{results['pair']['name']}: quality against TTFT"
     caption = "len: prompt tokens; fewer FLOPs and sooner: against the base alone; 95 % intervals"
     caption += f"; {data_line(results)}" if results["data"] else ""
-    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    made = formats.tight_table(title, caption)
     made.add_column("len", justify="right", no_wrap=True)
     made.add_column("method", no_wrap=True)
     for name in ("fewer FLOPs", "sooner", *FIGURES.values()):
@@ -121,31 +79,15 @@ def remarks(results: Results) -> list[str]:
 
 def csv_text(results: Results) -> str:
     """One row for each cell."""
-    out = io.StringIO()
-    rows = list(_csv_rows(results))
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def figure(cell: Cell, name: str) -> dict[str, float] | None:
-    """Mean, low and high of one of `FIGURES` (or of `SHOWN`), if the cell has it."""
-    if name == "recall":
-        return cell["recall"] and cell["recall"]["all"]
-    return cell["quality"] and cell["quality"][name]
-
-
-def exact_cell(results: Results, prompt_tokens: int) -> Cell:
-    """The base alone at that length."""
-    return next(c for c in results["cells"] if (c["prompt_tokens"], c["method"]) == (prompt_tokens, "exact"))
+    return formats.csv_text(_csv_rows(results))
 
 
 def _markdown(names: list[str], rows: list[tuple[Cell, list[str]]]) -> str:
     """A Markdown table: for each cell its prompt length, its label and the values of the columns `names`."""
-    lines = ["| Prompt | Method | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
-    lines += [f"| {cell['prompt_tokens']} | {label(cell)} | {' | '.join(values)} |" for cell, values in rows]
-    return "\n".join(lines)
+    return formats.markdown_table(
+        ["Prompt", "Method", *names],
+        [(cell["prompt_tokens"], label(cell), *values) for cell, values in rows],
+    )
 
 
 def _values(results: Results, cell: Cell, short: bool = False) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Token dropping: a base's cache that holds some of a prompt's tokens only, at their own positions.
 
-The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole prompt, and attend to
-one another alone; whatever comes later stands at its own position too.
+The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole
+prompt, and attend to one another alone; whatever comes later stands at its own position too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
 
-from kvpred_mlx.dial.positions import Call, ExactPositions
+from kvpred_mlx.dial.plan import Call
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.taps.kv import KV
@@ -82,8 +83,12 @@ def attended(pair: KVPredictionModel, dial: ExactPositions) -> Columns:
 
     def columns(tokens: mx.array) -> mx.array:
         B, n = tokens.shape
-        with pair.importance.listen() as heard:
-            pair.predict(tokens, pair.make_cache()[-1])
+        reader = pair.first_layers_reader
+        with pair.importance.listen(pair.heard_layers) as heard:
+            if reader is None:
+                pair.predict(tokens, pair.make_cache()[-1])
+            else:
+                reader.fill(tokens, make_prompt_cache(pair.base))
         call = Call.of(dial, n, announced=None, windowed=False)
         last = mx.broadcast_to(mx.arange(call.last, n), (B, n - call.last))
         return mx.concatenate([call.chosen(heard.scores(n, n, [0])), last], axis=1)

@@ -1,4 +1,4 @@
-"""The bundled pair's corpus: the running interpreter's standard library, and facts to recall planted in it."""
+"""The bundled pair's corpus: the running interpreter's standard library, with facts planted in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECALL_SHARE = 0.35  # of the rows
 
 
 def modules() -> dict[str, str]:
-    """Path and source of the standard library's modules, without tests and without tables in the guise of code."""
+    """Path and source of the standard library's modules, without tests and tables in the guise of code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {}
     for path in sorted(root.rglob("*.py")):
@@ -56,7 +56,7 @@ def read(file: Path) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], path: Path, vocab_size: int) -> None:
-    """Train a SentencePiece BPE for source code: newlines, runs of blanks and digits stay tokens of their own."""
+    """Train a SentencePiece BPE for source code: newlines, runs of blanks and digits are tokens."""
     lines = (line for text in texts for line in text.splitlines(keepends=True))
     with path.open("wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
@@ -83,7 +83,7 @@ def text_rows(tokenizer: Any, texts: Sequence[str], length: int, seed: int) -> P
 
 
 def repeating_rows(text: PackedSequences, count: int, length: int, seed: int) -> PackedSequences:
-    """Rows that teach a small model to look back (induction heads), which text alone takes far longer to teach.
+    """Rows that teach a small model to look back (induction heads); text alone takes far longer.
 
     Tokens of the text in a random order, which begin again after 8 to `length / 2` of them.
     """

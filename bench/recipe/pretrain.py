@@ -16,8 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.loop import Report, Settings, Terms, Trainer
+from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.pairing import load_part
+from kvpred_mlx.making.reports import Report
+from kvpred_mlx.making.settings import TrainingSettings
+from kvpred_mlx.making.step import Terms
 from kvpred_mlx.pair.model import build_model
 
 TIMED_STEPS = 8
@@ -52,14 +55,17 @@ def pretrain(
     config: dict[str, Any],
     rows: PackedSequences,
     budget: Budget,
-    settings: Settings,
+    settings: TrainingSettings,
     folder: Path,
     begin: Path | None = None,
     short: float = SHORT_SHARE,
 ) -> nn.Module:
-    """A model of `config`, trained from random weights or the model in `begin`; a state in `folder` is resumed from."""
+    """A model of `config`, trained from random weights or the model in `begin`.
 
-    def trainer(rows: PackedSequences, settings: Settings, states: Path | None) -> Trainer:
+    A state in `folder` is resumed from.
+    """
+
+    def trainer(rows: PackedSequences, settings: TrainingSettings, states: Path | None) -> Trainer:
         model = load_part(str(begin)).model if begin else new_model(config, settings.seed)
         return Trainer(model, next_token_loss, rows, settings, states)
 
@@ -67,10 +73,10 @@ def pretrain(
 
 
 def run(
-    make: Callable[[PackedSequences, Settings, Path | None], Trainer],
+    make: Callable[[PackedSequences, TrainingSettings, Path | None], Trainer],
     rows: PackedSequences,
     budget: Budget,
-    settings: Settings,
+    settings: TrainingSettings,
     folder: Path,
     short: float = SHORT_SHARE,
 ) -> Trainer:
@@ -91,8 +97,10 @@ def run(
 
 
 def new_model(config: dict[str, Any], seed: int) -> nn.Module:
-    """Random weights; branches begin at zero, so that a new model passes its input through, and embeddings are
-    small, so that it does not yet expect its input again."""
+    """Random weights for a model that passes its input through and does not expect it again.
+
+    Branches begin at zero, and embeddings are small.
+    """
     mx.random.seed(seed)
     model = build_model(config)
     for name, module in model.named_modules():

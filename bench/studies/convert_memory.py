@@ -1,8 +1,8 @@
-"""Peak memory of a conversion: `python -m kvpred_mlx.bench.studies.convert_memory`.
+"""Peak memory of a conversion: `python -m kvpred_mlx.bench.studies.convert_memory -q --dtype float16`.
 
-Makes a CoreNet checkpoint of the paper's 1.1B base and 270M auxiliary with random float32 weights (4.9 GB on
-disk), converts it in a process of its own with the arguments given here (`-q`, `--dtype float16`, ...), and
-prints that process's peak resident memory beside the size of what it wrote.
+Makes a CoreNet checkpoint of the paper's 1.1B base and 270M auxiliary with random float32 weights (5.4 GB on
+disk), converts it in a process of its own with the arguments given here, and prints that process's peak
+resident memory beside the size of what it wrote.
 """
 
 from __future__ import annotations
@@ -11,38 +11,62 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
+from kvpred_mlx.bench.common import command
+from kvpred_mlx.console import progress_bar
 from kvpred_mlx.convert.published import OpenELMShape, facts, openelm_shape
 
 PAIR = "OpenELM-1_1B<-OpenELM-270M"
 
 
-def main(arguments: list[str]) -> None:
-    """Measure one conversion; `arguments` go to `kvpred-mlx convert`."""
-    with tempfile.TemporaryDirectory() as folder:
+def main(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="For kvpred-mlx convert: -q, --dtype float16, ...")
+    ] = None,
+) -> None:
+    """Measure the peak memory of one conversion."""
+    if find_spec("torch") is None:
+        raise ImportError("a checkpoint needs torch: pip install 'kvpred-mlx[convert]'")
+    with tempfile.TemporaryDirectory() as folder, progress_bar("writing a checkpoint") as progress:
         checkpoint, config, out = (Path(folder, name) for name in ("model.pt", "model.yaml", "out"))
         write_checkpoint(checkpoint, config)
-        files = ["--checkpoint", str(checkpoint), "--config", str(config), "--mlx-path", str(out)]
-        process = subprocess.Popen([sys.executable, "-m", "kvpred_mlx", "convert", *files, *arguments])
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit("the conversion failed")
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        progress(1, 2, "converting")
+        peak = convert(checkpoint, config, out, arguments or [])
         size = sum(file.stat().st_size for file in out.iterdir())
-    print(
-        f"peak resident memory {peak / 1e9:.2f} GB, output {size / 1e9:.2f} GB, {(peak - size) / 1e9:+.2f} GB"
-    )
+    more = f"{(peak - size) / 1e9:+.2f} GB"
+    print(f"peak resident memory {peak / 1e9:.2f} GB, output {size / 1e9:.2f} GB, {more}")
+
+
+def convert(checkpoint: Path, config: Path, out: Path, arguments: list[str]) -> int:
+    """Convert in a process of its own: its peak resident memory, in bytes.
+
+    Raises:
+        ChildProcessError: the conversion failed; it has said why.
+    """
+    files = ["--checkpoint", str(checkpoint), "--config", str(config), "--mlx-path", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "kvpred_mlx", "convert", *files, *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise ChildProcessError("the conversion failed")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_checkpoint(checkpoint: Path, config: Path) -> None:
-    """Write a random checkpoint of `PAIR` and its YAML."""
+    """Write a random checkpoint of `PAIR` and its YAML.
+
+    Raises:
+        ChildProcessError: it could not be written; the process that tried has said why.
+    """
     # In a process of its own: Linux counts a parent's memory into the peak of the children it starts.
     code = "import sys; from kvpred_mlx.bench.studies.convert_memory import _save; _save(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, checkpoint], check=True)
+    if subprocess.run([sys.executable, "-c", code, checkpoint], check=False).returncode:
+        raise ChildProcessError(f"{checkpoint}: the checkpoint could not be written")
     pair = facts()["pairs"][PAIR]
 
     def model(name: str) -> list[dict[str, Any]]:
@@ -94,4 +118,4 @@ def _shapes(model: OpenELMShape) -> dict[str, tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command.run(main, pass_on=True)

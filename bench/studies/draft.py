@@ -1,24 +1,28 @@
-"""What the auxiliary gives as a draft: `python -m kvpred_mlx.bench.studies.draft [PAIR] --num-draft-tokens 1,3,5`.
+"""What the auxiliary gives as a draft: `python -m kvpred_mlx.bench.studies.draft --num-draft-tokens 1,3,5`.
 
-Generates greedily from one prompt without a draft and with it, one after the other in every trial, and prints the
-share of drafted tokens that the base accepted, decode speed (between the first token and the last), and the median
-of the speed's ratio to that without a draft, trial by trial.
+Generates greedily from one prompt without a draft and with it, one after the other in every trial, and prints
+the share of drafted tokens that the base accepted, decode speed (between the first token and the last), and
+the median of the speed's ratio to that without a draft, trial by trial.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.common.statistics import paired_ratio
+from kvpred_mlx.console import numbers, progress_bar, read_text
 from kvpred_mlx.generation.stream import stream_generate
-from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
+from kvpred_mlx.pair.loading import DEMO_PAIR
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,23 @@ class Run:
     accepted: int
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pair", nargs="?", default=DEMO_PAIR, help="Default: the bundled pair.")
-    parser.add_argument("--prompt-file", type=Path, help="Default: the bundled prompt.")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--num-draft-tokens", default="1,2,3,5", help="One or more, with commas between.")
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="One line of JSON instead of a table.")
-    given = parser.parse_args()
-    pair, tokenizer = load(find_pair(given.pair))
-    if tokenizer is None:
-        parser.error(f"{given.pair}: the pair has no tokenizer")
-    prompt = tokenizer.encode((given.prompt_file or DEMO_PAIR / "prompt.txt").read_text(encoding="utf-8"))
-    counts = [int(n) for n in given.num_draft_tokens.split(",")]
-    rows = measure(pair, tokenizer, prompt, counts, given.max_tokens, given.trials)
-    print(json.dumps(rows) if given.json else _table(rows))
+def main(
+    model: command.Model = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text to begin with. Without it, the bundled pair's prompt.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate.")] = 128,
+    num_draft_tokens: Annotated[list[str] | None, typer.Option(help="Tokens to draft, 1,2,3,5.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Timed generations of each.")] = 5,
+    as_json: command.AsJson = False,
+) -> None:
+    """Compare decoding with and without the auxiliary as draft."""
+    counts = numbers("--num-draft-tokens", num_draft_tokens or ["1,2,3,5"], 1)
+    text = read_text("--prompt-file", prompt_file or DEMO_PAIR / "prompt.txt")
+    pair, tokenizer = command.open_pair(model)
+    with progress_bar("generating") as progress:
+        rows = measure(pair, tokenizer, tokenizer.encode(text), counts, max_tokens, trials, progress)
+    print(json.dumps(rows) if as_json else _table(rows))
 
 
 def measure(
@@ -58,11 +62,13 @@ def measure(
     counts: list[int],
     max_tokens: int,
     trials: int,
+    progress: ProgressCallback = no_progress,
 ) -> list[dict[str, Any]]:
     """A row without draft (`num_draft_tokens` 0), and one for each of `counts`."""
     runs: dict[int, list[Run]] = {n: [] for n in (0, *counts)}
     for trial in range(trials + 1):
-        for n, done in runs.items():
+        for i, (n, done) in enumerate(runs.items()):
+            progress(trial * len(runs) + i, (trials + 1) * len(runs), f"{n} draft tokens")
             run = generate(pair, tokenizer, prompt, n, max_tokens)
             done += [run] if trial else []  # the first round is not counted
     plain = [r.decode_tokens_per_second for r in runs[0]]
@@ -107,12 +113,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
         share = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else ""
         ratio = row["times_faster"]
         lines.append(
-            f"{row['num_draft_tokens']:>12}  {share:<12} {row['decode_tokens_per_second']:>8.1f} {row['ttft']:>8.3f}"
-            f"  {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            f"{row['num_draft_tokens']:>12}  {share:<12} {row['decode_tokens_per_second']:>8.1f}"
+            f" {row['ttft']:>8.3f}  {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
             f"   {'yes' if row['same_text'] else 'no'}"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,46 +1,66 @@
-"""Many short requests from many clients to `kvpred-mlx serve`: `python -m kvpred_mlx.bench.studies.soak [PAIR]`.
+"""Many short requests from many clients to `kvpred-mlx serve`: `python -m kvpred_mlx.bench.studies.soak`.
 
-Starts the server on a free port of 127.0.0.1, sends the requests, and prints one line of JSON: how many answers were
-lost, how many came per second, and the server's resident memory once it is warm (after a fifth of the requests), at
-most, and at the end.  Every tenth request asks for exact prompts, so that the server changes its mode under load.
+Starts the server on a free port of 127.0.0.1, sends the requests, and prints one line of JSON: how many
+answers were lost, how many came per second, and the server's resident memory once it is warm (after a fifth
+of the requests), at most, and at the end.  Every tenth request asks for exact prompts, so that the server
+changes its mode under load.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from statistics import median, quantiles
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+import typer
 
-TEXT = "import os\n\n\ndef read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n\n\n"
+from kvpred_mlx.bench.common import command
+from kvpred_mlx.console import progress_bar
+from kvpred_mlx.progress import ProgressCallback, no_progress
+
+TEXT = """\
+import os
+
+
+def read_lines(path):
+    with open(path) as file:
+        return file.readlines()
+
+
+"""
 START_SECONDS = 120
 
 
-def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pair", nargs="?", help="Default: the bundled pair.")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=8)
-    given = parser.parse_args()
-    with server(*([given.pair] if given.pair else [])) as (url, process):
-        print(json.dumps(soak(url, process, given.requests, given.clients, given.max_tokens)))
+def main(
+    model: command.Model = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to send.")] = 1000,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate.")] = 8,
+) -> None:
+    """Send a server many requests, and see what is lost and what memory it takes."""
+    with server(*([model] if model else [])) as (url, process), progress_bar("asking") as progress:
+        found = soak(url, process, requests, clients, max_tokens, progress)
+    print(json.dumps(found))
 
 
-def soak(url: str, process: psutil.Process, requests: int, clients: int, max_tokens: int) -> dict[str, Any]:
+def soak(
+    url: str,
+    process: psutil.Process,
+    requests: int,
+    clients: int,
+    max_tokens: int,
+    progress: ProgressCallback = no_progress,
+) -> dict[str, Any]:
     """Send `requests` requests from `clients` threads; memory in bytes, times in seconds."""
     finished, memory = count(1), dict[int, int]()
     started = time.perf_counter()
@@ -51,7 +71,9 @@ def soak(url: str, process: psutil.Process, requests: int, clients: int, max_tok
         except (OSError, ValueError, LookupError):
             return None
         finally:
-            memory[next(finished)] = process.memory_info().rss
+            done = next(finished)
+            memory[done] = process.memory_info().rss
+            progress(done, requests, "asking")
 
     with ThreadPoolExecutor(clients) as pool:
         ttfts = list(pool.map(one, range(requests)))
@@ -75,22 +97,13 @@ def server(*arguments: str) -> Iterator[tuple[str, psutil.Process]]:
     """`kvpred-mlx serve` with these arguments on a free port: its URL and its process.
 
     Raises:
-        RuntimeError: it did not start.
+        ChildProcessError: it did not start.
     """
     port = _free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "kvpred_mlx",
-        "serve",
-        *arguments,
-        "--port",
-        str(port),
-        "--log-level",
-        "ERROR",
-    ]
+    serve = [sys.executable, "-m", "kvpred_mlx", "serve", *arguments]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    quietly = ["--port", str(port), "--log-level", "ERROR"]
+    process = subprocess.Popen([*serve, *quietly], stderr=subprocess.DEVNULL)
     try:
         _wait(url, process)
         yield url, psutil.Process(process.pid)
@@ -113,7 +126,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"the server did not start (exit code {process.poll()})")
+    raise ChildProcessError(f"the server did not start (exit code {process.poll()})")
 
 
 def _complete(url: str, i: int, max_tokens: int) -> dict[str, Any]:
@@ -127,4 +140,4 @@ def _complete(url: str, i: int, max_tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

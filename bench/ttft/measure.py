@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.generation.stream import announce_prompt
+from kvpred_mlx.generation.chunks import announce_prompt
 from kvpred_mlx.pair import cpu_prefill
 from kvpred_mlx.pair.description import weight_bytes
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -48,18 +48,23 @@ class Parts:
     """
 
     started: float
-    auxiliary: float
+    auxiliary: float  # or the base's first layers
     projection: float
     base_step: float
 
 
+def modes_of(pair: KVPredictionModel) -> tuple[str, ...]:
+    """The modes that a pair can be measured in."""
+    return MODES if pair.auxiliary is not None else MODES[:2]
+
+
 def model_of(pair: KVPredictionModel, mode: str) -> nn.Module:
     """The model that a mode generates with."""
-    return {"exact": pair.base, "predicted": pair, "auxiliary": pair.auxiliary}[mode]
+    return pair.auxiliary_model if mode == "auxiliary" else {"exact": pair.base, "predicted": pair}[mode]
 
 
 def generate(model: nn.Module, tokens: mx.array, step_size: int, max_tokens: int) -> Trial:
-    """Generate greedily from `tokens` [B, n] as mlx-lm does: `generate_step` for one row, else its batches."""
+    """Generate greedily from `tokens` [B, n] as mlx-lm does: `generate_step` for one row, or its batches."""
     resident = mx.get_active_memory()
     mx.reset_peak_memory()
     clock = _Clock()
@@ -83,10 +88,15 @@ def parts(pair: KVPredictionModel, tokens: mx.array, step_size: int) -> Parts:
         spent[name] += now - before
         before = now
 
-    *base_cache, entry = pair.make_cache()
+    reader, (*base_cache, entry) = pair.first_layers_reader, pair.make_cache()
     prompt, last = tokens[:, :-1], tokens[:, -1:]
     for first in range(0, prompt.shape[1], step_size):
         chunk = prompt[:, first : first + step_size]
+        if reader is not None:  # the first layers read; what the others keep follows from them
+            reader.fill(chunk, base_cache)
+            lap("auxiliary", [c.state for c in base_cache[: reader.depth + 1]])
+            lap("projection", [c.state for c in base_cache])
+            continue
         recorded = cpu_prefill.read(partial(pair.auxiliary_features, caches=entry.auxiliary), chunk)
         lap("auxiliary", recorded, [c.state for c in entry.auxiliary])
         pair.fill(pair.predictor(recorded), chunk, base_cache)

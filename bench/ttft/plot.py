@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvpred_mlx.bench.common.results import Results
 from kvpred_mlx.bench.ttft.measure import PARTS
 from kvpred_mlx.bench.ttft.report import MODE_NAMES, machine_line, part_medians
-from kvpred_mlx.bench.ttft.run import Results
 
 COLORS = {"exact": "tab:gray", "predicted": "tab:blue", "auxiliary": "tab:green"}
 

@@ -1,29 +1,27 @@
-"""Results for people: tables for the terminal, rows for CSV, Markdown for the README, and what to be wary of."""
+"""A bench for people: tables for the terminal, rows for CSV, Markdown, and what to be wary of."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from kvpred_mlx.bench.common import formats
+from kvpred_mlx.bench.common.results import Results, machine_text
 from kvpred_mlx.bench.common.statistics import Interval, ratio_of_medians
 from kvpred_mlx.bench.ttft.measure import PARTS
-from kvpred_mlx.bench.ttft.run import BEST, Results
+from kvpred_mlx.bench.ttft.run import BEST
 
 MODE_NAMES = {"exact": "full prefill", "predicted": "KV prediction", "auxiliary": "auxiliary"}
 
 
 def tables(results: Results) -> Group:
     """Times, ratios and parts of a bench."""
-    return Group(
-        *(table for table in (_times(results), _ratios(results), _parts(results)) if table.row_count)
-    )
+    made = (_times(results), _ratios(results), _parts(results))
+    return Group(*(table for table in made if table.row_count))
 
 
 def remarks(results: Results) -> list[str]:
@@ -34,7 +32,8 @@ def remarks(results: Results) -> list[str]:
     for shape in results["skipped"]:
         needed, free = (shape[k] / 1e9 for k in ("estimated_bytes", "available_bytes"))
         lines.append(
-            f"skipped: {_size(shape)}: {shape['reason']}: about {needed:.1f} GB beside the weights, {free:.1f} GB free"
+            f"skipped: {_size(shape)}: {shape['reason']}: about {needed:.1f} GB beside the weights, "
+            f"{free:.1f} GB free"
         )
     return lines if results["complete"] else [*lines, "interrupted: these are the shapes that were finished"]
 
@@ -45,39 +44,27 @@ def machine_line(results: Results) -> str:
     return f"{machine_text(results)}; matrix products at most {peak:.0f} GFLOP/s"
 
 
-def machine_text(results: Results) -> str:
-    """Machine, backend and versions of any results."""
-    m, v = results["machine"], results["machine"]["versions"]
-    threads = f", {m['blas_threads']} threads" if m["blas_threads"] else ""
-    return (
-        f"{m['processor']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB, {m['system']}; "
-        f"MLX {v['mlx']} {m['device']}, {results['pair']['dtype']}, BLAS: {m['blas']}{threads}; "
-        f"mlx-lm {v['mlx-lm']}"
-    )
-
-
 def csv_text(results: Results) -> str:
     """One row for each trial."""
-    rows = list(_csv_rows(results))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else ["pair"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return formats.csv_text(_csv_rows(results), empty=["pair"])
 
 
 def markdown(results: Results) -> str:
     """The ratios as a Markdown table."""
-    lines = [
-        "| Prompt | Batch | Compared | Full prefill | KV prediction | Times sooner (95 %) | FLOPs allow |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for shape, ratio, exact, predicted in _compared(results):
-        lines.append(
-            f"| {shape['prompt_tokens']} | {shape['batch_size']} | {_steps(ratio)} | {exact:.2f} s | "
-            f"{predicted:.2f} s | {_interval(ratio)} | {shape['flops_ratio']:.2f} |"
+    names = ["Prompt", "Batch", "Compared", "Full prefill", "KV prediction"]
+    rows = (
+        (
+            shape["prompt_tokens"],
+            shape["batch_size"],
+            _steps(ratio),
+            f"{exact:.2f} s",
+            f"{predicted:.2f} s",
+            _interval(ratio),
+            f"{shape['flops_ratio']:.2f}",
         )
-    return "\n".join(lines)
+        for shape, ratio, exact, predicted in _compared(results)
+    )
+    return formats.markdown_table([*names, "Times sooner (95 %)", "FLOPs allow"], rows)
 
 
 def compare(a: Results, b: Results) -> Table:
@@ -161,7 +148,7 @@ def _parts(results: Results) -> Table:
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table = formats.tight_table(title, caption)
     for column in columns:
         table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     return table

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 from typing import Any
@@ -15,47 +12,25 @@ import mlx.core as mx
 
 from kvpred_mlx.bench.common import machine
 from kvpred_mlx.bench.common.flops import TTFT, prefill_bytes, ttft_flops
+from kvpred_mlx.bench.common.pairs import computed_dtype, describe_pair
+from kvpred_mlx.bench.common.results import Results, begin
 from kvpred_mlx.bench.common.statistics import NOISY, paired_ratio, spread
-from kvpred_mlx.bench.ttft.measure import MODES, Parts, Trial, generate, model_of, parts
-from kvpred_mlx.pair.description import weight_bytes
-from kvpred_mlx.pair.loading import quantization_config
+from kvpred_mlx.bench.ttft.measure import Parts, Trial, generate, model_of, modes_of, parts
+from kvpred_mlx.bench.ttft.settings import BenchSettings
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.progress import ProgressCallback, no_progress
 
 SCHEMA = 1
 BEST = "best step sizes"
-Progress = Callable[[int, int, str], None]
-Results = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure.
-
-    Args:
-        prompt_lens: prompt lengths, in tokens.
-        batch_sizes: prompts side by side.
-        trials: timed generations of each mode at each shape.
-        max_tokens: tokens of each generation.
-        prefill_step_sizes: prompt tokens that mlx-lm processes at a time; the first is the default, and with
-            several, best is compared with best too.
-        seed: of the random prompts and of the bootstrap.
-    """
-
-    prompt_lens: list[int]
-    batch_sizes: list[int] = field(default_factory=lambda: [1])
-    trials: int = 5
-    max_tokens: int = 16
-    prefill_step_sizes: list[int] = field(default_factory=lambda: [2048])
-    seed: int = 0
 
 
 def bench(
     pair: KVPredictionModel,
     name: str,
-    settings: Settings,
+    settings: BenchSettings,
     prompt: list[int] | None = None,
     notes: Sequence[str] = (),
-    progress: Progress = lambda done, total, what: None,
+    progress: ProgressCallback = no_progress,
     finished: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """Measure a pair; the schema of what is returned is in docs/benchmarking.md.
@@ -71,50 +46,58 @@ def bench(
         KeyboardInterrupt: passed on; the shapes that were finished have been given to `finished`.
     """
     busy = machine.busy_share()
-    dtype = _dtype(pair)
-    results: Results = {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["kvpred-mlx", *sys.argv[1:]],
-        "machine": machine.describe(),
-        "pair": describe_pair(pair, name),
-        "settings": dataclasses.asdict(settings) | {"prompt": "random" if prompt is None else "given"},
-        "matrix_product_flops_per_second": machine.matrix_product_peak(dtype),
-        "warnings": [*notes, *machine.warnings(busy)],
-        "shapes": [],
-        "skipped": [],
-        "complete": False,
-    }
+    results = begin(
+        SCHEMA,
+        describe_pair(pair, name),
+        dataclasses.asdict(settings) | {"prompt": "random" if prompt is None else "given"},
+        matrix_product_flops_per_second=machine.matrix_product_peak(computed_dtype(pair)),
+        warnings=[*notes, *machine.warnings(busy)],
+        shapes=[],
+        skipped=[],
+    )
     shapes = [(n, b) for b in settings.batch_sizes for n in settings.prompt_lens]
     rounds = settings.trials + 1
     for i, (n, b) in enumerate(shapes):
-        step_sizes = _distinct(settings.prefill_step_sizes, n)
-        memory = _memory(pair, n, b, step_sizes)
-        try:
-            if memory["estimated_bytes"] > memory["available_bytes"]:
-                raise MemoryError("it is estimated not to fit")
-            report = partial(_report, progress, i * rounds, len(shapes) * rounds, f"{n} tokens x {b}")
-            tokens = _tokens(pair, prompt, n, b, settings)
-            results["shapes"].append(_shape(pair, tokens, step_sizes, settings, report))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
-                raise
-            results["skipped"].append({"prompt_tokens": n, "batch_size": b, **memory, "reason": str(error)})
+        report = partial(_report, progress, i * rounds, len(shapes) * rounds, f"{n} tokens x {b}")
+        measured, skipped = _measure(pair, prompt, n, b, settings, report)
+        results["shapes"] += [measured] if measured else []
+        results["skipped"] += [skipped] if skipped else []
         results["complete"] = i + 1 == len(shapes)
         finished(results)
     return results
+
+
+def _measure(
+    pair: KVPredictionModel,
+    prompt: list[int] | None,
+    n: int,
+    b: int,
+    settings: BenchSettings,
+    report: Callable[[int, str], None],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """A shape's measurement, or why it does not fit."""
+    step_sizes = _distinct(settings.prefill_step_sizes, n)
+    memory = _memory(pair, n, b, step_sizes)
+    try:
+        if memory["estimated_bytes"] > memory["available_bytes"]:
+            raise MemoryError("it is estimated not to fit")
+        return _shape(pair, _tokens(pair, prompt, n, b, settings), step_sizes, settings, report), None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+            raise
+        return None, {"prompt_tokens": n, "batch_size": b, **memory, "reason": str(error)}
 
 
 def _shape(
     pair: KVPredictionModel,
     tokens: mx.array,
     step_sizes: list[int],
-    settings: Settings,
+    settings: BenchSettings,
     report: Callable[[int, str], None],
 ) -> dict[str, Any]:
     """One warm-up and then the trials of all modes, one after the other in every round."""
     b, n = tokens.shape
-    runs: dict[tuple[str, int], list[Trial]] = {(m, s): [] for s in step_sizes for m in MODES}
+    runs: dict[tuple[str, int], list[Trial]] = {(m, s): [] for s in step_sizes for m in modes_of(pair)}
     apart: list[Parts] = []
     apart_too = n > pair.min_prompt_tokens and not pair.exact_positions
     for trial in range(-1, settings.trials):
@@ -129,7 +112,7 @@ def _shape(
     shape: dict[str, Any] = {
         "prompt_tokens": n,
         "batch_size": b,
-        "flops": {mode: b * getattr(flops, mode) for mode in MODES},
+        "flops": {mode: b * getattr(flops, mode) for mode in modes_of(pair)},
         "flops_ratio": flops.ratio,
         "runs": [_run(mode, step, trials, b, flops) for (mode, step), trials in runs.items()],
         "parts": [dataclasses.asdict(p) for p in apart],
@@ -187,12 +170,12 @@ def _memory(
     return {"estimated_bytes": needed, "available_bytes": machine.available_bytes()}
 
 
-def _report(progress: Progress, before: int, total: int, shape: str, done: int, what: str) -> None:
+def _report(progress: ProgressCallback, before: int, total: int, shape: str, done: int, what: str) -> None:
     progress(before + done, total, f"{shape}: {what}")
 
 
 def _tokens(
-    pair: KVPredictionModel, prompt: list[int] | None, n: int, batch_size: int, settings: Settings
+    pair: KVPredictionModel, prompt: list[int] | None, n: int, batch_size: int, settings: BenchSettings
 ) -> mx.array:
     if prompt is None:
         key = mx.random.key(settings.seed)
@@ -201,21 +184,3 @@ def _tokens(
         tokens = mx.array([prompt[:n]] * batch_size)
     mx.eval(tokens)
     return tokens
-
-
-def describe_pair(pair: KVPredictionModel, name: str) -> dict[str, Any]:
-    """What the results say of a pair; see docs/benchmarking.md."""
-    modules = {"base": pair.base, "auxiliary": pair.auxiliary, "predictor": pair.predictor}
-    return {
-        "name": name,
-        "dtype": str(_dtype(pair)).rpartition(".")[2],
-        "weight_bytes": {role: weight_bytes(module) for role, module in modules.items()},
-        **({"quantization": None} | quantization_config(pair)),
-        "min_prompt_tokens": pair.min_prompt_tokens,
-        "exact_positions": pair.exact_positions.as_dict() if pair.exact_positions else None,
-    }
-
-
-def _dtype(pair: KVPredictionModel) -> mx.Dtype:
-    """The type that the base computes in, that of its logits."""
-    return pair.base(mx.array([[0]])).dtype

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
-from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.opening import one_pair, open_pair
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation.conversation import Conversation
@@ -19,61 +20,54 @@ HELP = "/reset  forget the conversation    /exact on|off  the base alone, or pre
 
 
 def chat(
-    pair: Annotated[
-        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
-    ] = None,
-    temp: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sampling top-p.")] = 1.0,
-    xtc_probability: Annotated[float, typer.Option(min=0, max=1, help="Probability of XTC sampling.")] = 0.0,
-    xtc_threshold: Annotated[float, typer.Option(min=0, max=0.5, help="Threshold of XTC sampling.")] = 0.1,
+    pair: o.PairArgument = None,
+    model: o.ModelOption = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    temp: o.Temp = 0.0,
+    top_p: o.TopP = 1.0,
+    xtc_probability: o.XtcProbability = 0.0,
+    xtc_threshold: o.XtcThreshold = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    max_kv_size: Annotated[int | None, typer.Option(min=8, help="Largest KV cache, in tokens.")] = None,
-    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
+    max_kv_size: o.MaxKvSize = None,
+    prefill_step_size: o.PrefillStepSize = 2048,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens of an answer.")] = 256,
-    system_prompt: Annotated[str | None, typer.Option(help="System prompt for the chat template.")] = None,
+    system_prompt: o.SystemPrompt = None,
     exact: Annotated[bool, typer.Option("--exact", help="Begin with /exact on.")] = False,
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
-    draft: DraftOption = None,
-    num_draft_tokens: NumDraftTokensOption = 3,
+    depth: Depth = None,
+    draft_model: o.DraftModel = None,
+    draft: o.Draft = None,
+    num_draft_tokens: o.NumDraftTokens = 3,
 ) -> None:
     """Chat: each answer begins with a predicted prompt cache, and ends with its TTFT."""
-    check_draft(draft)
-    dial(
-        exact_first, exact_last, exact_top, None
-    )  # what is wrong with them is said before anything is loaded
+    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
     from kvpred_mlx.generation.conversation import Conversation
-    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
 
-    path = find_pair(pair or DEMO_PAIR)
-    model, tokenizer = load(path)
-    if tokenizer is None:
-        raise ValueError(f"{path}: the pair has no tokenizer, so it cannot chat")
-    model.exact = exact
-    set_dial(model, dial(exact_first, exact_last, exact_top, model.exact_positions))
+    config = {"trust_remote_code": trust_remote_code}
+    opened = open_pair(model, exact=exact, dial=given_dial, tokenizer_config=config)
+    tokenizer = opened.tokenizer
     mx.random.seed(seed)
-    special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
     options: dict[str, Any] = {
         "sampler": make_sampler(
             temp,
             top_p,
             xtc_probability=xtc_probability,
             xtc_threshold=xtc_threshold,
-            xtc_special_tokens=special,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
         ),
         "prefill_step_size": prefill_step_size,
         "max_kv_size": max_kv_size,
     }
-    if draft:
-        options |= {"draft_model": model.auxiliary, "num_draft_tokens": num_draft_tokens}
-    context = context_length(read_config(path))
-    conversation = Conversation(model, tokenizer, system_prompt, context, **options)
+    if draft_model or draft:
+        options |= {"draft_model": opened.pair.auxiliary, "num_draft_tokens": num_draft_tokens}
+    conversation = Conversation(opened.pair, tokenizer, system_prompt, opened.context, **options)
     shown = Namespace(
-        model=pair or path.name, adapter_path=None, max_tokens=max_tokens, system_prompt=system_prompt
+        model=opened.name, adapter_path=None, max_tokens=max_tokens, system_prompt=system_prompt
     )
     _talk(conversation, shown)
 

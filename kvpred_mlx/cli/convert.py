@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.console import progress_bar
 
 
 class Dtype(StrEnum):
@@ -32,16 +33,14 @@ def convert(
     checkpoint: Annotated[Path, typer.Option(help="CoreNet's .pt file.")],
     config: Annotated[Path | None, typer.Option(help="CoreNet's training YAML; a pair needs it.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece tokenizer.model.")] = None,
-    mlx_path: Annotated[Path, typer.Option(help="The directory to make.")] = Path("mlx_model"),
+    mlx_path: o.MlxPath = Path("mlx_model"),
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights that are not quantized.")] = None,
     quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize the weights.")] = False,
     q_bits: Annotated[int | None, typer.Option(help="Bits per weight.")] = None,
     q_group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     q_mode: Annotated[QuantizationMode, typer.Option(help="Quantization mode.")] = QuantizationMode.affine,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the directory if it is there.")
-    ] = False,
-    upload_repo: Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")] = None,
+    overwrite: o.Overwrite = False,
+    upload_repo: o.UploadRepo = None,
 ) -> None:
     """Convert a CoreNet KV Prediction (or plain OpenELM) checkpoint. Hugging Face OpenELM: mlx_lm.convert."""
     if not quantize and (q_bits is not None or q_group_size is not None):

@@ -9,7 +9,7 @@ MAX_TOKENS = 40
 
 def demo() -> None:
     """Generate with the bundled pair, predicted and exact, and show both times to first token."""
-    from kvpred_mlx.cli.generate import DEMO_NOTE
+    from kvpred_mlx.cli.opening import DEMO_NOTE
     from kvpred_mlx.pair.loading import DEMO_PAIR, load
 
     pair, tokenizer = load(DEMO_PAIR)

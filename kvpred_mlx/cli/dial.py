@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kvpred_mlx.dial.positions import ExactPositions
     from kvpred_mlx.pair.model import KVPredictionModel
 
 ExactFirst = Annotated[
@@ -35,27 +34,46 @@ ExactTop = Annotated[
 ]
 
 
-def dial(
-    first: int | None, last: str | None, top: float | None, default: ExactPositions | None
-) -> ExactPositions | None:
-    """The exact positions of a command: each option that was given in the place of the pair's own setting."""
-    from kvpred_mlx.dial.positions import ExactPositions
+Depth = Annotated[
+    str | None,
+    typer.Option(
+        "--depth",
+        metavar="LAYERS[:SHARE],...",
+        help="How many of the base's first layers read the prompt, up to which share: 14, or 8:0.6,14:0.9.",
+    ),
+]
 
+
+def dial(first: int | None, last: str | None, top: float | None, depth: str | None = None) -> dict[str, Any]:
+    """The fields of `ExactPositions` that a command's options give."""
     given: dict[str, Any] = {"first": first, "last": None if last is None else _count(last), "top": top}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(default or ExactPositions(), **changes) if changes else default
+    if depth is not None:
+        from kvpred_mlx.dial.positions import parse_depth
+
+        try:
+            given["depth"] = parse_depth(depth)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--depth") from error
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def set_dial(pair: KVPredictionModel, exact_positions: ExactPositions | None) -> None:
-    """Turn a pair's dial; that its base cannot do it is said now, and not in the middle of a prompt.
+def set_dial(pair: KVPredictionModel, given: dict[str, Any]) -> None:
+    """Turn a pair's dial: what `dial` gave in the place of its own setting.
+
+    That its base cannot do it is said now, and not in the middle of a prompt.
 
     Raises:
         UnsupportedModelError: the pair's families cannot choose or compute the top positions.
+        ValueError: the pair has no maps for a depth.
     """
+    from kvpred_mlx.dial.positions import ExactPositions
     from kvpred_mlx.pair.modes import Mode
 
-    Mode(positions=exact_positions).check(pair)
-    pair.exact_positions = exact_positions
+    positions = pair.exact_positions
+    if given:
+        positions = dataclasses.replace(positions or ExactPositions(), **given)
+    Mode(positions=positions).check(pair)
+    pair.exact_positions = positions
 
 
 def _count(text: str) -> int | float:

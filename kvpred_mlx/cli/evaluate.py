@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.opening import one_pair, open_pair
+from kvpred_mlx.cli.values import check_installed, names
+from kvpred_mlx.console import progress_bar
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
 
-NEEDED = {"scipy": "scipy", "psutil": "psutil", "lm_eval": "lm-eval", "datasets": "datasets"}
+NEEDED = ("scipy", "psutil", "lm-eval", "datasets")
 
 
 def evaluate(
-    pair: Annotated[
-        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
-    ] = None,
+    pair: o.PairArgument = None,
+    model: o.ModelOption = None,
     tasks: Annotated[
         str, typer.Option(help="triviaqa, humaneval, or any task of lm-eval, with commas between.")
     ] = "triviaqa",
@@ -59,18 +60,17 @@ def evaluate(
         typer.Option(help="Folder for results; one that has some goes on. Default: eval-results/DATE-PAIR."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    no_plot: o.NoPlot = False,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
 ) -> None:
     """Evaluate a pair on tasks: the base alone, predicted, and the auxiliary alone, in one table."""
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f"eval needs {' and '.join(missing)}: pip install 'kvpred-mlx[eval]'")
-    from kvpred_mlx.bench.evaluate.run import Evaluation, Settings
-    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
+    check_installed("eval", NEEDED)
+    from kvpred_mlx.bench.evaluate.run import Evaluation
+    from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 
-    names = _words("--tasks", tasks)
-    if "humaneval" in names and not confirm_run_unsafe_code:
+    model = one_pair(model, pair)
+    task_names, mode_names = names("--tasks", tasks), names("--modes", modes)
+    if "humaneval" in task_names and not confirm_run_unsafe_code:
         raise typer.BadParameter(
             "humaneval runs code that the model writes, in a sandbox that stops accidents and not attackers: "
             "add --confirm-run-unsafe-code",
@@ -78,21 +78,17 @@ def evaluate(
         )
     if 0 < num_samples < 10:
         raise typer.BadParameter(f"{num_samples}, expected 0, or 10 or more", param_hint="--num-samples")
-    files = _files(data or [], names)
-    _check_modes(_words("--modes", modes))
-    _check_tasks(names, include_path)
-    path = find_pair(pair or DEMO_PAIR)
-    name = pair or path.name
-    settings = Settings(
-        tasks=names, modes=_words("--modes", modes), data=files, limit=limit, num_samples=num_samples, temp=temp,
+    files = _files(data or [], task_names)
+    _check_modes(mode_names)
+    _check_tasks(task_names, include_path)
+    settings = EvaluationSettings(
+        tasks=task_names, modes=mode_names, data=files, limit=limit, num_samples=num_samples, temp=temp,
         top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
         include_path=include_path, seed=seed,
     )  # fmt: skip
-    folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{path.name}")
-    model, tokenizer = load(path)
-    if tokenizer is None:
-        raise ValueError(f"{path}: the pair has no tokenizer, so it cannot be evaluated")
-    run = Evaluation(model, tokenizer, name, settings, folder, context_length(read_config(path)))
+    opened = open_pair(model)
+    folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{opened.short_name}")
+    run = Evaluation(opened.pair, opened.tokenizer, opened.name, settings, folder, opened.context)
     _run(run, folder, as_json, not no_plot)
 
 
@@ -114,13 +110,6 @@ def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> Non
         if results:
             print(json.dumps(results)) if as_json else Console().print(table(results))
         print(f"results: {folder}", file=sys.stderr)
-
-
-def _words(option: str, text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise typer.BadParameter(f"{text!r}, expected names with commas between", param_hint=option)
-    return list(dict.fromkeys(words))
 
 
 def _files(given: list[str], names: list[str]) -> dict[str, Path]:

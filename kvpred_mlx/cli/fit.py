@@ -1,81 +1,59 @@
-"""`kvpred-mlx fit`: a pair out of two mlx-lm models, in closed form."""
+"""`kvpred-mlx fit`: a pair out of one or two mlx-lm models, in closed form."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvpred_mlx.cli.making import (
-    Auxiliary,
-    AuxiliaryLayers,
-    Base,
-    Data,
-    MlxPath,
-    Overwrite,
-    TextKey,
-    UploadRepo,
-)
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli import making
+from kvpred_mlx.cli import options as o
 
 
 def fit(
-    data: Data,
-    base: Base = None,
-    auxiliary: Auxiliary = None,
-    auxiliary_layers: AuxiliaryLayers = None,
-    mlx_path: MlxPath = Path("mlx_model"),
-    source: Annotated[
-        str | None, typer.Option(help="What to predict from: kv (the paper's), kv-joint or hidden (default).")
-    ] = None,
-    layer_map: Annotated[
-        str, typer.Option(help="auto, even, or an auxiliary layer for each base layer.")
-    ] = "auto",
+    data: o.DataPaths = None,
+    base: o.Base = None,
+    auxiliary: o.Auxiliary = None,
+    auxiliary_layers: o.AuxiliaryLayers = None,
+    mlx_path: o.MlxPath = Path("mlx_model"),
+    source: o.Source = None,
+    layer_map: o.LayerMap = "auto",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read, at most.")] = 200_000,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    max_seq_length: o.MaxSeqLength = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Regularization; chosen on held-out tokens without it.")
     ] = None,
-    text_key: TextKey = "text",
+    windows: o.FigureWindows = None,
+    record: o.RecordFolder = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the sums of an interrupted fit.")
+    ] = False,
+    text_key: o.TextKey = "text",
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
-    overwrite: Overwrite = False,
-    upload_repo: UploadRepo = None,
+    overwrite: o.Overwrite = False,
+    upload_repo: o.UploadRepo = None,
 ) -> None:
-    """Make a pair out of any two mlx-lm models with the same tokenizer, in minutes."""
-    from kvpred_mlx.cli import making
-    from kvpred_mlx.making.fit import FitSettings
-    from kvpred_mlx.making.fit import fit as fit_predictor
-    from kvpred_mlx.making.layer_maps import parse
-    from kvpred_mlx.making.pairing import join
-    from kvpred_mlx.pair.sources import DEFAULT, check_source
-    from kvpred_mlx.taps.kv_taps import KVTaps
+    """Make a pair: of a base and its own first layers, or of two models with the same tokenizer, in minutes."""
+    from kvpred_mlx.making.data import check_paths
+    from kvpred_mlx.making.settings import FitSettings
 
-    try:
-        check_source(source or DEFAULT)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--source") from error
-    making.check_output(mlx_path, overwrite, upload_repo)
-    training, held_out = making.read_data(data, text_key)
-    first, second = making.load_models(base, auxiliary, auxiliary_layers)
-    depths = len(KVTaps(first.model)), len(KVTaps(second.model))
-    try:
-        parse(layer_map, *depths)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--layer-map") from error
-    packed = making.pack(first.tokenizer, training, max_seq_length, data)
-    settings = FitSettings(tokens, batch_size, source or DEFAULT, layer_map, ridge, seed)
-    with progress_bar("fitting") as progress:
-        fitted = fit_predictor(first.model, second.model, packed, settings, progress)
-    pair = join(first, second, fitted.predictor)
-    figures = making.held_out_figures(pair, first.tokenizer, held_out, making.prompt_lengths(max_seq_length))
-    made = [
-        (
-            f"The predictor (source {settings.source}, layer map {','.join(map(str, fitted.predictor.layer_map))}) was fitted "
-            f"in closed form on {fitted.tokens:,} tokens with `kvpred-mlx fit`; it was not trained."
-        )
-    ]
-    making.save_pair(
-        mlx_path, pair, first.tokenizer, (first.name, second.name), made, figures, overwrite, upload_repo
-    )
+    models = making.Models(base, auxiliary, auxiliary_layers)
+    output = making.Output(mlx_path, overwrite, upload_repo)
+    settings = FitSettings(tokens, batch_size, making.check_source(source), layer_map, ridge, seed)
+    output.check()
+    check_paths(data or [])
+    sums = mlx_path.with_name(f"{mlx_path.name}.fitting")
+    if restart:
+        shutil.rmtree(sums, ignore_errors=True)
+    chosen = models.load()
+    training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
+    begun = making.fit_pair(chosen, training, max_seq_length, settings, sums)
+    begun.made += ["Made with `kvpred-mlx fit`, not trained."]
+    output.save(begun)
+    shutil.rmtree(sums, ignore_errors=True)
+    if record is not None:
+        making.record_windows(begun, training, max_seq_length, record, tokens // max_seq_length)
+    output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length, windows))

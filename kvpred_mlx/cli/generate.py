@@ -9,155 +9,211 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
-from kvpred_mlx.cli.dial import ExactFirst, ExactLast, ExactTop, dial, set_dial
-from kvpred_mlx.cli.draft import DraftOption, NumDraftTokensOption, check_draft
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
+from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, open_pair
+from kvpred_mlx.cli.prompt import ChatTemplate, read_prompt
+from kvpred_mlx.cli.prompt_cache import OPTION as CACHE_OPTION
+from kvpred_mlx.cli.prompt_cache import SavedCache, read_cache
+from kvpred_mlx.cli.values import json_object
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation.stream import GenerationResponse
 
-DEMO_NOTE = "Using the bundled demo pair: 8 M parameters, it writes Python-shaped text. --model takes others."
+LIST_OPTION = "--extra-eos-token"
+EPILOG = (
+    "Of mlx_lm.generate's options it has not --adapter-path and --quantize-activations, which change the keys and "
+    "values that the predictor was fitted to (fuse the adapter into the base with mlx_lm.fuse, then fit a pair), nor "
+    "--image: pairs read text."
+)
+
+
+class GenerateCommand(typer.core.TyperCommand):
+    """As in mlx-lm, several tokens may follow one `--extra-eos-token`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words, values = [], None
+        for word in args:
+            if word.startswith("-"):
+                values = 0 if word == LIST_OPTION else None
+            elif values is not None:
+                words += [LIST_OPTION] if values else []
+                values += 1
+            words.append(word)
+        return super().parse_args(ctx, words)
 
 
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Pair: a directory or a Hugging Face repo. Without it, the bundled demo pair."),
-    ] = None,
+    model: o.ModelOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; '-' reads standard input.")
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate.")] = 100,
-    temp: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sampling top-p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0, max=1, help="Sampling min-p.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sampling top-k.")] = 0,
+    temp: o.Temp = 0.0,
+    top_p: o.TopP = 1.0,
+    min_p: o.MinP = 0.0,
+    top_k: o.TopK = 0,
+    xtc_probability: o.XtcProbability = 0.0,
+    xtc_threshold: o.XtcThreshold = 0.1,
     min_tokens_to_keep: Annotated[int, typer.Option(min=1, help="Least tokens that min-p keeps.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    max_kv_size: Annotated[int | None, typer.Option(min=8, help="Largest KV cache, in tokens.")] = None,
-    kv_bits: Annotated[
-        int | None, typer.Option(help="Quantize the base's KV cache: 2, 3, 4, 6 or 8.")
+    max_kv_size: o.MaxKvSize = None,
+    kv_bits: o.KvBits = None,
+    kv_group_size: o.KvGroupSize = 64,
+    quantized_kv_start: o.QuantizedKvStart = 5000,
+    prefill_step_size: o.PrefillStepSize = 2048,
+    prompt_cache_file: Annotated[
+        Path | None,
+        typer.Option(help="A pair's saved prompt cache, to which the prompt is the continuation."),
     ] = None,
-    kv_group_size: Annotated[int, typer.Option(help="Group size of KV cache quantization.")] = 64,
-    quantized_kv_start: Annotated[int, typer.Option(min=0, help="Quantize from this token on.")] = 5000,
-    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens to process at a time.")] = 2048,
-    system_prompt: Annotated[str | None, typer.Option(help="System prompt for the chat template.")] = None,
+    system_prompt: o.SystemPrompt = None,
+    prefill_response: Annotated[
+        str | None, typer.Option(help="How the answer begins (chat template).")
+    ] = None,
+    chat_template_config: Annotated[
+        str | None,
+        typer.Option(help="""JSON arguments for the chat template: '{"enable_thinking":false}'."""),
+    ] = None,
+    use_default_chat_template: o.DefaultChatTemplate = False,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Use the raw prompt.")
     ] = False,
-    extra_eos_token: Annotated[list[str] | None, typer.Option(help="One more token that stops.")] = None,
+    extra_eos_token: Annotated[
+        list[str] | None, typer.Option(LIST_OPTION, help="More tokens that stop, one or several.")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="The base alone, without prediction, to compare.")
     ] = False,
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
+    depth: Depth = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Recompute the prompt exactly behind the first token.")
     ] = False,
     repair_budget: Annotated[
         float, typer.Option(help="The share of decoding's time that the repair may take, 0 to 1.")
     ] = 0.3,
-    draft: DraftOption = None,
-    num_draft_tokens: NumDraftTokensOption = 3,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Speculative decoding: 'auxiliary', which has read the prompt already, or a model."
+        ),
+    ] = None,
+    draft: o.Draft = None,
+    num_draft_tokens: o.NumDraftTokens = 3,
+    verbose: Annotated[
+        str, typer.Option(metavar="BOOL", help="False or F: print the answer only, no lines around it.")
+    ] = "True",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
-    check_draft(draft)
-    text = _read_prompt(prompt)
-    if kv_bits not in (None, 2, 3, 4, 6, 8):
-        raise typer.BadParameter(f"{kv_bits}, expected 2, 3, 4, 6 or 8", param_hint="--kv-bits")
-    if not 0 < repair_budget <= 1:
-        raise typer.BadParameter(
-            f"{repair_budget:g}, expected a share above 0 and up to 1", param_hint="--repair-budget"
-        )
-    if repair and draft:
-        raise typer.BadParameter("given with --draft, expected one of the two", param_hint="--repair")
-    dial(
-        exact_first, exact_last, exact_top, None
-    )  # what is wrong with them is said before anything is loaded
-    from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair, load, read_config
-
-    if model is None:
-        print(DEMO_NOTE, file=sys.stderr)
-    path = find_pair(model or DEMO_PAIR)
-    pair, tokenizer = load(path)
-    if tokenizer is None:
-        raise ValueError(
-            f"{path}: the pair has no tokenizer, so it takes token ids only (see the Python API)"
-        )
-    for token in extra_eos_token or []:
-        tokenizer.add_eos_token(token)
-    pair.exact = exact
-    set_dial(pair, dial(exact_first, exact_last, exact_top, pair.exact_positions))
-    ids = _encode(tokenizer, text, system_prompt, ignore_chat_template)
-    context = context_length(read_config(path))
-    if context is not None and len(ids) >= context:
-        raise typer.BadParameter(
-            f"the prompt has {len(ids)} tokens, expected fewer than the model's context of {context}",
-            param_hint="--prompt",
-        )
+    text, drafts_with = read_prompt(prompt), draft_model or draft
+    _check(repair, repair_budget, drafts_with, prompt_cache_file)
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
+    config = json_object("--chat-template-config", chat_template_config)
+    template = ChatTemplate(
+        ignore_chat_template, use_default_chat_template, system_prompt, prefill_response, config
+    )
 
     import mlx.core as mx
+    from mlx_lm.generate import str2bool
     from mlx_lm.sample_utils import make_sampler
 
     from kvpred_mlx.generation.stream import stream_generate
 
     if seed is not None:
-        mx.random.seed(seed)
+        mx.random.seed(seed)  # before the model is made, as mlx-lm does: the same seed, the same text
+    saved = read_cache(prompt_cache_file) if prompt_cache_file else None
+    if saved is not None:
+        saved.check_quantization(kv_bits, kv_group_size)
+    opened = _open(model, saved, exact, given_dial, trust_remote_code)
+    tokenizer = opened.tokenizer
+    for token in extra_eos_token or []:
+        tokenizer.add_eos_token(token)
+    sampler = make_sampler(
+        temp, top_p, min_p, min_tokens_to_keep, top_k, xtc_probability, xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )  # fmt: skip
     responses = stream_generate(
-        pair,
-        tokenizer,
-        ids,
-        max_tokens,
-        draft_model=pair.auxiliary if draft else None,
-        num_draft_tokens=num_draft_tokens,
-        sampler=make_sampler(temp, top_p, min_p, min_tokens_to_keep, top_k),
-        max_kv_size=max_kv_size,
-        prefill_step_size=prefill_step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        repair=repair,
-        repair_budget=repair_budget,
-    )
-    (_print_json if as_json else _print_text)(responses, str(path), pair)
+        opened.pair, tokenizer, _encode(opened, template, text, saved), max_tokens,
+        draft_model=_draft(drafts_with, opened), num_draft_tokens=num_draft_tokens, sampler=sampler,
+        max_kv_size=max_kv_size, prefill_step_size=prefill_step_size,
+        prompt_cache=saved.entries if saved else None, kv_bits=kv_bits, kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start, repair=repair, repair_budget=repair_budget,
+    )  # fmt: skip
+    if as_json:
+        _print_json(responses, opened)
+    else:
+        _print_text(responses, str2bool(verbose))
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None:
-        raise typer.BadParameter("missing, expected text, or - to read standard input", param_hint="--prompt")
-    try:
-        # As mlx-lm: \n and \t on the command line are a newline and a tab.
-        text = (
-            sys.stdin.buffer.read().decode("utf-8")
-            if prompt == "-"
-            else prompt.replace("\\n", "\n").replace("\\t", "\t")
+def _check(repair: bool, repair_budget: float, draft: str | None, prompt_cache_file: Path | None) -> None:
+    """Refuse options that do not go together."""
+    if not 0 < repair_budget <= 1:
+        raise typer.BadParameter(
+            f"{repair_budget:g}, expected a share above 0 and up to 1", param_hint="--repair-budget"
         )
-        text.encode("utf-8")
-    except UnicodeError as error:
-        where = (
-            f"at position {error.start}" if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else ""
+    if repair and draft:
+        raise typer.BadParameter("given with --draft-model, expected one of the two", param_hint="--repair")
+    if prompt_cache_file and draft not in (None, "auxiliary"):
+        raise typer.BadParameter(
+            f"given with --draft-model {draft}, which has no cache there, expected --draft-model auxiliary",
+            param_hint=CACHE_OPTION,
         )
-        raise typer.BadParameter(f"not UTF-8 {where}, expected UTF-8 text", param_hint="--prompt") from error
-    if not text:
-        raise typer.BadParameter("empty, expected at least one character", param_hint="--prompt")
-    return text
 
 
-def _encode(tokenizer: Any, text: str, system_prompt: str | None, ignore_chat_template: bool) -> list[int]:
-    if ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(text)
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    messages.append({"role": "user", "content": text})
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(chat, add_special_tokens=False)
+def _open(
+    model: str | None, saved: SavedCache | None, exact: bool, dial: dict[str, Any], trust_remote_code: bool
+) -> OpenedPair:
+    """The pair that was named, or that made the prompt cache, or the bundled one."""
+    chosen = model or (saved.model if saved else None)
+    if chosen is None:
+        print(DEMO_NOTE, file=sys.stderr)
+    config = (saved.tokenizer_config if saved else {}) | {"trust_remote_code": trust_remote_code}
+    opened = open_pair(chosen, exact=exact, dial=dial, tokenizer_config=config)
+    if saved is not None:
+        saved.check_pair(model, opened)
+    return opened
 
 
-def _print_text(responses: Any, path: str, pair: Any) -> None:
+def _encode(opened: OpenedPair, template: ChatTemplate, text: str, saved: SavedCache | None) -> list[int]:
+    """The prompt's tokens, if there is room for them."""
+    ids = template.encode(opened.tokenizer, text, is_suffix=saved is not None)
+    cached = 0 if saved is None else len(saved)
+    if opened.context is not None and cached + len(ids) >= opened.context:
+        split = f" with the {cached} in the prompt cache" if cached else ""
+        raise typer.BadParameter(
+            f"the prompt has {cached + len(ids)} tokens{split}, expected fewer than the model's context of "
+            f"{opened.context}",
+            param_hint="--prompt",
+        )
+    return ids
+
+
+def _draft(name: str | None, opened: OpenedPair) -> Any:
+    """The draft model; another model than the auxiliary must know the same tokens, as far as mlx-lm asks."""
+    if name is None or name == "auxiliary":
+        return opened.pair.auxiliary if name else None
+    from kvpred_mlx.making.pairing import load_part
+
+    loaded = load_part(name)
+    if loaded.tokenizer is None or loaded.tokenizer.vocab_size != opened.tokenizer.vocab_size:
+        size = loaded.tokenizer.vocab_size if loaded.tokenizer else "no"
+        raise ValueError(
+            f"{name}: {size} tokens in the draft model's tokenizer, expected {opened.tokenizer.vocab_size}"
+        )
+    return loaded.model
+
+
+def _print_text(responses: Any, verbose: bool) -> None:
     from kvpred_mlx.generation.stream import footer
 
-    print("=" * 10)
+    if verbose:
+        print("=" * 10)
     response: GenerationResponse | None = None
     try:
         for response in responses:
@@ -165,13 +221,14 @@ def _print_text(responses: Any, path: str, pair: Any) -> None:
     except KeyboardInterrupt:
         print("\n[interrupted]", file=sys.stderr)
         raise
-    if response is not None:
-        print(f"\n{'=' * 10}\n{footer(response)}")
+    print()
+    if verbose and response is not None:
+        print(f"{'=' * 10}\n{footer(response)}")
 
 
-def _print_json(responses: Any, path: str, pair: Any) -> None:
+def _print_json(responses: Any, opened: OpenedPair) -> None:
     received = list(responses)
-    last = received[-1]
+    last, pair = received[-1], opened.pair
     fields = (
         "prompt_tokens",
         "prompt_tps",
@@ -185,7 +242,7 @@ def _print_json(responses: Any, path: str, pair: Any) -> None:
         "accepted",
     )
     result = {
-        "model": str(Path(path)),
+        "model": str(opened.path),
         "mode": "exact" if pair.exact else "predicted",
         "exact_positions": pair.exact_positions.as_dict() if pair.exact_positions else None,
         "text": "".join(r.text for r in received),

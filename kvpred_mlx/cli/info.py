@@ -7,18 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.opening import locate, one_pair
+
 
 def info(
-    pair: Annotated[
-        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
-    ] = None,
+    pair: o.PairArgument = None,
+    model: o.ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Show a pair's models, layer map, types and sizes."""
     from kvpred_mlx.pair.description import describe
-    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
 
-    facts = describe(find_pair(pair or DEMO_PAIR))
+    _, path = locate(one_pair(model, pair))
+    facts = describe(path)
     print(json.dumps(facts) if as_json else _text(facts))
 
 

@@ -2,84 +2,187 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli.opening import open_pair
+from kvpred_mlx.console import progress_bar
+from kvpred_mlx.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from kvpred_mlx.making.card import CardFacts
     from kvpred_mlx.making.data import PackedSequences
     from kvpred_mlx.making.pairing import LoadedModel
     from kvpred_mlx.making.quality import Quality
+    from kvpred_mlx.making.recording import Recording
+    from kvpred_mlx.making.settings import FitSettings
     from kvpred_mlx.pair.model import KVPredictionModel
 
-Data = Annotated[Path, typer.Option(help="Text, JSONL, or a directory of such files.")]
-TextKey = Annotated[str, typer.Option(help="Where a JSONL line has its text.")]
-Base = Annotated[str | None, typer.Option(help="The model that answers: a directory or a Hugging Face repo.")]
-Auxiliary = Annotated[str | None, typer.Option(help="The small model that reads the prompt.")]
-AuxiliaryLayers = Annotated[
-    str | None,
-    typer.Option(help="Instead of --auxiliary: the base's own layers, 0.25, 0.5, 0.75 or 0,4,8,..."),
-]
-MlxPath = Annotated[Path, typer.Option(help="The directory to make.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")]
-UploadRepo = Annotated[str | None, typer.Option(help="Hugging Face repository to upload it to.")]
-AllDocuments = Annotated[
-    bool,
-    typer.Option(
-        "--all-documents", help="Not only those that fit and train hold out: for a file of its own."
-    ),
-]
-Dequantize = Annotated[
-    bool,
-    typer.Option(
-        "--dequantize", help="The same weights unquantized: MLX's CPU backend is slow on quantized ones."
-    ),
-]
+
+FIRST_LAYERS = "first:0.5"  # what reads, if nothing else is named
+PASSES = 3  # forward passes over a window that its figures cost, about
 
 
-def load_models(
-    base: str | None, auxiliary: str | None, layers: str | None
-) -> tuple[LoadedModel, LoadedModel]:
-    """The two models that the options name, with the same tokenizer."""
-    from kvpred_mlx.making.layer_maps import kept_layers
-    from kvpred_mlx.making.pairing import check_same_tokenizer, keep_layers, load_part
+@dataclass(frozen=True)
+class Models:
+    """What a pair is made of, as options name it: `auxiliary`, or `layers` of the base in its place."""
 
-    if base is None:
-        raise typer.BadParameter("missing, expected a directory or a Hugging Face repo", param_hint="--base")
-    if (auxiliary is None) == (layers is None):
-        given = "neither" if auxiliary is None else "both"
-        raise typer.BadParameter(
-            f"{given} given, expected one of the two", param_hint="--auxiliary / --auxiliary-layers"
-        )
-    first = load_part(base)
-    if layers is not None:
+    base: str | None
+    auxiliary: str | None
+    layers: str | None
+
+    def __bool__(self) -> bool:
+        return any((self.base, self.auxiliary, self.layers))
+
+    def load(self) -> Chosen:
+        """The models, with the same tokenizer; with neither auxiliary nor layers, the base's first half reads."""
+        from kvpred_mlx.making.layer_maps import first_layers, kept_layers
+        from kvpred_mlx.making.pairing import check_same_tokenizer, keep_layers, load_part
+        from kvpred_mlx.taps.kv_taps import KVTaps
+
+        if self.base is None:
+            raise typer.BadParameter(
+                "missing, expected a directory or a Hugging Face repo", param_hint="--base"
+            )
+        if self.auxiliary is not None and self.layers is not None:
+            raise typer.BadParameter(
+                "both given, expected one of the two", param_hint="--auxiliary / --auxiliary-layers"
+            )
+        base = load_part(self.base)
+        if self.auxiliary is not None:
+            auxiliary = load_part(self.auxiliary)
+            check_same_tokenizer(base, auxiliary)
+            return Chosen(base, auxiliary)
+        layers = self.layers or FIRST_LAYERS
         try:
-            kept = kept_layers(layers, len(first.model.layers))
+            if layers.startswith("first:"):
+                return Chosen(base, depths=first_layers(layers, len(KVTaps(base.model))))
+            return Chosen(base, keep_layers(base, kept_layers(layers, len(base.model.layers))))
+        except UnsupportedModelError:
+            raise
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--auxiliary-layers") from error
-        return first, keep_layers(first, kept)
-    second = load_part(str(auxiliary))
-    check_same_tokenizer(first, second)
-    return first, second
 
 
-def read_data(data: Path, text_key: str) -> tuple[list[str], list[str]]:
-    """Training and held-out documents."""
-    from kvpred_mlx.making.data import read_documents, split
+@dataclass(frozen=True)
+class Chosen:
+    """Models that were loaded.
 
-    with progress_bar(f"reading {data}"):
-        training, held_out = split(read_documents(data, text_key))
+    Args:
+        base: answers.
+        auxiliary: reads; None if the base's first layers do.
+        depths: how many of them, if so.
+    """
+
+    base: LoadedModel
+    auxiliary: LoadedModel | None = None
+    depths: list[int] | None = None
+
+
+@dataclass
+class Begun:
+    """A pair before it is saved.
+
+    Args:
+        pair: the model.
+        tokenizer: what it reads with.
+        names: of its base and of what reads, for the model card.
+        made: what the card says of how it was made.
+        tokens: how many it was fitted on.
+    """
+
+    pair: KVPredictionModel
+    tokenizer: Any
+    names: tuple[str, str]
+    made: list[str]
+    tokens: int = 0
+
+
+def check_source(source: str | None) -> str:
+    """The predictor's source, the default one if none was given."""
+    from kvpred_mlx.pair.sources import DEFAULT
+    from kvpred_mlx.pair.sources import check_source as check
+
+    try:
+        check(source or DEFAULT)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--source") from error
+    return source or DEFAULT
+
+
+def fit_pair(
+    chosen: Chosen, documents: list[str], max_seq_length: int, settings: FitSettings, sums: Path | None = None
+) -> Begun:
+    """Fit a predictor in closed form.
+
+    Args:
+        sums: the folder in which an interrupted fit is gone on with.
+    """
+    from kvpred_mlx.making.fit import fit, fit_first_layers
+    from kvpred_mlx.making.layer_maps import parse
+    from kvpred_mlx.making.pairing import join, join_first_layers
+    from kvpred_mlx.taps.kv_taps import KVTaps
+
+    base, second = chosen.base, chosen.auxiliary
+    taps, packed = KVTaps(base.model), pack(base.tokenizer, documents, max_seq_length)
+    if second is None:
+        depths = chosen.depths or []
+        with progress_bar("fitting") as progress:
+            alone = fit_first_layers(taps, depths, packed, settings, progress, sums)
+        read = f"first {' or '.join(map(str, depths))} layers"
+        made = f"Maps behind the base's {read} were fitted in closed form on {alone.tokens:,} tokens."
+        pair = join_first_layers(base, alone.predictor)
+        return Begun(pair, base.tokenizer, (base.name, f"its own {read}"), [made], alone.tokens)
+    auxiliary = KVTaps(second.model)
+    try:
+        parse(settings.layer_map, len(taps), len(auxiliary))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layer-map") from error
+    with progress_bar("fitting") as progress:
+        fitted = fit(taps, auxiliary, packed, settings, progress, sums)
+    layer_map = ",".join(map(str, fitted.predictor.layer_map))
+    made = (
+        f"The predictor (source {settings.source}, layer map {layer_map}) was fitted in closed form on "
+        f"{fitted.tokens:,} tokens."
+    )
+    pair = join(base, second, fitted.predictor)
+    return Begun(pair, base.tokenizer, (base.name, second.name), [made], fitted.tokens)
+
+
+def open_to_train(model: str) -> Begun:
+    """A pair that was made before."""
+    opened = open_pair(model)
+    name = f"of {opened.short_name}"
+    return Begun(
+        opened.pair, opened.tokenizer, (name, name), [f"Training began from the pair {opened.short_name}."]
+    )
+
+
+def read_data(data: list[Path], text_key: str, tokenizer: Any = None) -> tuple[list[str], list[str]]:
+    """Training and held-out documents of all paths; mlx-lm's calibration text without any.
+
+    Args:
+        tokenizer: whose chat template conversations go through.
+    """
+    from kvpred_mlx.making.data import calibration_text, read_documents, split
+
+    named = ", ".join(map(str, data)) or "mlx-lm's calibration text"
+    with progress_bar(f"reading {named}"):
+        documents = (document for path in data for document in read_documents(path, text_key, tokenizer))
+        training, held_out = split(documents if data else calibration_text(tokenizer))
     if not training and not held_out:
-        raise ValueError(f"{data}: empty, expected text")
+        raise ValueError(f"{named}: empty, expected text")
     return training or held_out, held_out
 
 
-def read_held_out(data: Path, text_key: str, all_documents: bool) -> list[str]:
+def read_held_out(data: Path, text_key: str, all_documents: bool, tokenizer: Any = None) -> list[str]:
     """The documents that `fit` and `train` hold out, or all."""
-    training, held_out = read_data(data, text_key)
+    training, held_out = read_data([data], text_key, tokenizer)
     chosen = held_out + (training if all_documents and training is not held_out else [])
     if not chosen:
         raise ValueError(f"{data}: no document is held out from training, --all-documents takes them all")
@@ -95,33 +198,55 @@ def dequantize(pair: KVPredictionModel) -> None:
     mx.eval(pair.parameters())
 
 
-def pack(tokenizer: Any, documents: list[str], length: int, data: Path) -> PackedSequences:
+def pack(tokenizer: Any, documents: list[str], length: int) -> PackedSequences:
     """Documents as packed sequences of `length` tokens."""
     from kvpred_mlx.making.data import PackedSequences, encode
 
     if tokenizer is None:
         raise ValueError("the base has no tokenizer, so text cannot be read")
-    try:
-        return PackedSequences.of(encode(tokenizer, documents), length, tokenizer.eos_token_id)
-    except ValueError as error:
-        raise ValueError(f"{data}: {error}") from error
+    return PackedSequences.of(encode(tokenizer, documents), length, tokenizer.eos_token_id)
 
 
 def held_out_figures(
-    pair: KVPredictionModel, tokenizer: Any, documents: list[str], prompt_tokens: list[int], most: int = 80
+    begun: Begun, documents: list[str], max_seq_length: int, windows: int | None = None
 ) -> list[Quality]:
-    """Quality on held-out documents, for the prompt lengths that they are long enough for."""
-    from kvpred_mlx.making.data import encode
-    from kvpred_mlx.making.quality import SCORE_TOKENS, cut_windows, measure
+    """Quality on held-out documents, at the lengths of `prompt_lengths` that the documents are long enough for.
 
-    ids = encode(tokenizer, documents)
+    Args:
+        windows: of each length, at most (default: what takes about a quarter of the fit's time, 4 to 80).
+    """
+    from kvpred_mlx.making.data import encode
+    from kvpred_mlx.making.quality import SCORE_TOKENS, measure
+    from kvpred_mlx.making.windows import cut_windows
+
+    ids = encode(begun.tokenizer, documents)
+    lengths = prompt_lengths(max_seq_length)
+    if windows is None and begun.tokens:
+        windows = begun.tokens // (4 * PASSES * sum(n + SCORE_TOKENS for n in lengths))
+        windows = min(max(windows, 4), 80)
     figures = []
-    for n in prompt_tokens:
+    for n in lengths:
         if max(map(len, ids), default=0) >= n + SCORE_TOKENS:
-            windows = cut_windows(ids, n, SCORE_TOKENS, tokenizer, most)
+            cut = cut_windows(ids, n, SCORE_TOKENS, begun.tokenizer, windows or 80)
             with progress_bar(f"quality at {n} tokens") as progress:
-                figures.append(measure(pair, windows, progress=progress))
+                figures.append(measure(begun.pair, cut, progress=progress))
     return figures
+
+
+def record_windows(
+    begun: Begun, documents: list[str], max_seq_length: int, folder: Path, most: int
+) -> Recording:
+    """Record windows of training documents: a prompt, and the tokens after it that are scored."""
+    from kvpred_mlx.making.data import encode
+    from kvpred_mlx.making.quality import SCORE_TOKENS
+    from kvpred_mlx.making.recording import record
+    from kvpred_mlx.making.windows import cut_windows
+
+    cut = cut_windows(
+        encode(begun.tokenizer, documents), max_seq_length - SCORE_TOKENS, SCORE_TOKENS, most=max(most, 1)
+    )
+    with progress_bar("recording") as progress:
+        return record(begun.pair, cut, folder, progress=progress)
 
 
 def prompt_lengths(max_seq_length: int) -> list[int]:
@@ -132,44 +257,58 @@ def prompt_lengths(max_seq_length: int) -> list[int]:
     return sorted({n for n in (longest // 2, longest) if n > 1})
 
 
-def check_output(mlx_path: Path, overwrite: bool, upload_repo: str | None) -> None:
-    """Refuse a path or a repository that cannot be written before hours are spent on what should go there."""
-    import os
+@dataclass(frozen=True)
+class Output:
+    """Where a pair goes: a directory, and a repository on the Hugging Face hub if one is named."""
 
-    from kvpred_mlx.files import check_absent
-    from kvpred_mlx.making.hub import check_access
+    mlx_path: Path
+    overwrite: bool
+    upload_repo: str | None
 
-    if upload_repo is not None:
-        check_access(upload_repo)
-    check_absent(mlx_path, overwrite)
-    parent = next(p for p in mlx_path.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"{mlx_path}: no permission to write in {parent}")
+    def check(self) -> None:
+        """Refuse a path or a repository that cannot be written before hours are spent on what should go there."""
+        import os
 
+        from kvpred_mlx.files import check_absent
+        from kvpred_mlx.making.hub import check_access
 
-def save_pair(
-    mlx_path: Path,
-    pair: KVPredictionModel,
-    tokenizer: Any,
-    names: tuple[str, str],
-    made: list[str],
-    figures: list[Quality],
-    overwrite: bool,
-    upload_repo: str | None,
-) -> None:
-    """Save a pair with its model card and figures, upload it if asked to, and say so."""
-    from kvpred_mlx.making.card import CardFacts, write_card
-    from kvpred_mlx.making.hub import upload
-    from kvpred_mlx.pair.loading import save
+        if self.upload_repo is not None:
+            check_access(self.upload_repo)
+        check_absent(self.mlx_path, self.overwrite)
+        parent = next(p for p in self.mlx_path.absolute().parents if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(f"{self.mlx_path}: no permission to write in {parent}")
 
-    def extras(folder: Path) -> None:
-        write_card(folder, CardFacts(upload_repo or mlx_path.name, *names, made), figures)
+    def save(self, made: Begun) -> None:
+        """Save a pair with a model card that has no figures yet: measuring them takes long, and may be interrupted."""
+        from kvpred_mlx.making.card import write_card
+        from kvpred_mlx.pair.loading import save
 
-    save(mlx_path, pair, tokenizer, overwrite=overwrite, extras=extras)
-    show_figures(figures)
-    print(f"{mlx_path}: {sum(f.stat().st_size for f in mlx_path.iterdir()) / 1e6:.1f} MB")
-    if upload_repo is not None:
-        print(upload(mlx_path, upload_repo))
+        save(
+            self.mlx_path, made.pair, made.tokenizer, overwrite=self.overwrite,
+            extras=lambda folder: write_card(folder, self._facts(made)),
+        )  # fmt: skip
+        print(f"{self.mlx_path}: {sum(f.stat().st_size for f in self.mlx_path.iterdir()) / 1e6:.1f} MB")
+
+    def finish(self, made: Begun, measured: Callable[[], list[Quality]]) -> None:
+        """Add figures to the card of a saved pair, show them, and upload the pair if that was asked for."""
+        from kvpred_mlx.making.card import write_card
+        from kvpred_mlx.making.hub import upload
+
+        try:
+            figures = measured()
+        except KeyboardInterrupt:
+            print(f"interrupted: {self.mlx_path} is saved, its card has no figures", file=sys.stderr)
+            raise
+        write_card(self.mlx_path, self._facts(made), figures)
+        show_figures(figures)
+        if self.upload_repo is not None:
+            print(upload(self.mlx_path, self.upload_repo))
+
+    def _facts(self, made: Begun) -> CardFacts:
+        from kvpred_mlx.making.card import CardFacts
+
+        return CardFacts(self.upload_repo or self.mlx_path.name, *made.names, made.made)
 
 
 def show_figures(figures: list[Quality]) -> None:

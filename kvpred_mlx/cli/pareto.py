@@ -10,73 +10,71 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpred_mlx.cli import making
-from kvpred_mlx.cli.bench import check_installed, load_pair, name_and_path, numbers, set_device
-from kvpred_mlx.cli.making import AllDocuments, Dequantize, TextKey
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.bench import NEEDED
+from kvpred_mlx.cli.opening import one_pair, open_for_measuring
+from kvpred_mlx.cli.values import check_installed, set_device
+from kvpred_mlx.console import numbers, progress_bar
 
 if TYPE_CHECKING:
-    from kvpred_mlx.bench.front.pareto import Data, Results, Settings
-    from kvpred_mlx.pair.model import KVPredictionModel
+    from kvpred_mlx.bench.front.pareto import Data, Results
+    from kvpred_mlx.cli.opening import OpenedPair
 
 
 def pareto(
-    pair: Annotated[
-        str | None, typer.Argument(help="A directory or a Hugging Face repo; the demo pair without it.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Held-out text: a file of text or JSONL, or a directory of such files."),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A published pair's shapes with random weights: FLOPs and TTFT only.")
-    ] = None,
-    prompt_lens: Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 256,512.")] = None,
+    pair: o.PairArgument = None,
+    model: o.ModelOption = None,
+    data: o.OptionalData = None,
+    preset: o.PresetOption = None,
+    prompt_lens: o.PromptLens = None,
     methods: Annotated[
         list[str] | None, typer.Option(help="Methods, by name; 'list' shows them. Default: all.")
     ] = None,
     budgets: Annotated[list[str] | None, typer.Option(help="Shares of the prompt, 0.05,0.1,0.2,0.4.")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Prompts of real text, at most.")] = 160,
-    score_tokens: Annotated[int, typer.Option(min=1, help="Tokens scored after each prompt.")] = 64,
+    windows: o.Windows = 160,
+    score_tokens: o.ScoreTokens = 64,
     questions: Annotated[
         int, typer.Option(min=0, help="Recall questions of each kind at each depth; 0: none.")
     ] = 10,
     trials: Annotated[int, typer.Option(min=1, help="Timed first tokens of each method and budget.")] = 5,
-    all_documents: AllDocuments = False,
-    text_key: TextKey = "text",
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    dequantize: Dequantize = False,
-    device: Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's own choice.")] = None,
+    all_documents: o.AllDocuments = False,
+    text_key: o.TextKey = "text",
+    dtype: o.Dtype = None,
+    dequantize: o.Dequantize = False,
+    device: o.Device = None,
     output_dir: Annotated[
         Path, typer.Option(help="Folder for results; an interrupted run goes on from what is there.")
     ] = Path("pareto-results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no picture.")] = False,
+    no_plot: o.NoPlot = False,
     seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
 ) -> None:
     """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
-    check_installed()
+    check_installed("bench", NEEDED)
     names = _methods(methods)
     if names is None:
         return
     if (data is None) == (preset is None):
         raise typer.BadParameter("expected one of the two", param_hint="--data or --preset")
-    if preset is not None and pair is not None:
-        raise typer.BadParameter("given with PAIR, expected one of the two", param_hint="--preset")
+    model = one_pair(model, pair)
+    if preset is not None and model is not None:
+        raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
     lengths = numbers("--prompt-lens", prompt_lens or ["256,512"], 2)
     shares = _shares(budgets or ["0.05,0.1,0.2,0.4"])
     set_device(device)
 
-    from kvpred_mlx.bench.front.pareto import Settings
+    from kvpred_mlx.bench.front.files import read, write
     from kvpred_mlx.bench.front.pareto import pareto as run
-    from kvpred_mlx.bench.front.report import read, write
+    from kvpred_mlx.bench.front.settings import FrontSettings
 
-    settings = Settings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
+    settings = FrontSettings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
     documents = [] if data is None else making.read_held_out(data, text_key, all_documents)
-    model, name, held_out = _load(pair, preset, dtype, documents, settings)
+    opened = open_for_measuring(model, preset, dtype, settings.seed)
+    held_out = _encode(opened, documents) if documents else None
     if dequantize:
-        making.dequantize(model)
+        making.dequantize(opened.pair)
     output_dir.mkdir(parents=True, exist_ok=True)
     results: Results = {}
 
@@ -86,7 +84,7 @@ def pareto(
 
     try:
         with progress_bar("counting FLOPs") as progress:
-            run(model, name, settings, held_out, before, progress, finished)
+            run(opened.pair, opened.short_name, settings, held_out, before, progress, finished)
     finally:
         if results:
             _show(results, output_dir, as_json)
@@ -123,23 +121,12 @@ def _shares(given: list[str]) -> list[float]:
     return list(dict.fromkeys(shares))
 
 
-def _load(
-    pair: str | None,
-    preset: str | None,
-    dtype: str | None,
-    documents: list[str],
-    settings: Settings,
-) -> tuple[KVPredictionModel, str, Data | None]:
+def _encode(opened: OpenedPair, documents: list[str]) -> Data:
     from kvpred_mlx.bench.front.pareto import Data
 
-    name, path = name_and_path(pair, preset)
-    model, tokenizer = load_pair(path, preset, dtype, settings.seed)
-    if not documents:
-        return model, name, None
-    if tokenizer is None:
-        raise ValueError(f"{path}: the pair has no tokenizer, so text cannot be read")
+    tokenizer = opened.tokenizer
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
-    return model, name, Data(tokenizer, documents, ids)
+    return Data(tokenizer, documents, ids)
 
 
 def _show(results: Results, folder: Path, as_json: bool) -> None:

@@ -10,44 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpred_mlx.cli.making import (
-    Auxiliary,
-    AuxiliaryLayers,
-    Base,
-    Data,
-    MlxPath,
-    Overwrite,
-    TextKey,
-    UploadRepo,
-)
-from kvpred_mlx.cli.progress import progress_bar
+from kvpred_mlx.cli import making
+from kvpred_mlx.cli import options as o
 
 if TYPE_CHECKING:
-    from kvpred_mlx.making.loop import Report, Settings
-    from kvpred_mlx.pair.model import KVPredictionModel
-
-DTYPES = ("float32", "float16", "bfloat16")
+    from kvpred_mlx.making.reports import Report
+    from kvpred_mlx.making.settings import TrainingSettings
 
 
 def train(
-    data: Data,
+    data: o.DataPaths = None,
     model: Annotated[
         str | None, typer.Option(help="A pair to train on. Or two models, from which one is fitted:")
     ] = None,
-    base: Base = None,
-    auxiliary: Auxiliary = None,
-    auxiliary_layers: AuxiliaryLayers = None,
-    mlx_path: MlxPath = Path("mlx_model"),
-    source: Annotated[
-        str | None, typer.Option(help="For two models: kv, kv-joint or hidden (default).")
-    ] = None,
-    layer_map: Annotated[str, typer.Option(help="For two models: auto, even, or a list.")] = "auto",
+    base: o.Base = None,
+    auxiliary: o.Auxiliary = None,
+    auxiliary_layers: o.AuxiliaryLayers = None,
+    mlx_path: o.MlxPath = Path("mlx_model"),
+    source: o.Source = None,
+    layer_map: o.LayerMap = "auto",
     fit_tokens: Annotated[
         int, typer.Option(min=1, help="For two models: tokens of the fit that begins.")
     ] = 200_000,
     iters: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step, over all processes.")] = 4,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    max_seq_length: o.MaxSeqLength = 512,
     optimizer: Annotated[str, typer.Option(help="adamw (the paper's) or muon.")] = "adamw",
     learning_rate: Annotated[
         float | None, typer.Option(min=0, help="The highest. Default: 3e-4, with muon 3e-3.")
@@ -64,7 +51,10 @@ def train(
     auxiliary_loss: Annotated[
         float, typer.Option(min=0, help="Weight of the auxiliary's cross-entropy.")
     ] = 1.0,
-    kv_loss: Annotated[float, typer.Option(min=0, help="Weight of the distance of keys and values.")] = 1.0,
+    kv_loss: Annotated[
+        float | None,
+        typer.Option(min=0, help="Weight of the distance of keys and values. Default: 1, with --as-used 0."),
+    ] = None,
     z_loss: Annotated[float, typer.Option(min=0, help="Weight of mean(logsumexp^2); CoreNet: 1e-4.")] = 0.0,
     freeze_auxiliary: Annotated[
         bool, typer.Option("--freeze-auxiliary", help="Train the predictor alone.")
@@ -72,27 +62,39 @@ def train(
     grad_checkpoint: Annotated[
         bool, typer.Option("--grad-checkpoint", help="Less memory, more time.")
     ] = False,
+    as_used: Annotated[
+        bool,
+        typer.Option(
+            "--as-used",
+            help="Train the predictor alone as a cache is used: prompt predicted, answer exact, on recorded windows.",
+        ),
+    ] = False,
+    record: o.RecordFolder = None,
+    windows: Annotated[int, typer.Option(min=1, help="With --as-used: windows to record.")] = 400,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Do not compile the step.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="What to compute in; weights stay float32. Default: by device.")
-    ] = None,
+    dtype: o.Dtype = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
     steps_per_report: Annotated[int, typer.Option(min=1, help="Steps between reports.")] = 10,
     restart: Annotated[bool, typer.Option("--restart", help="Forget a saved state.")] = False,
-    text_key: TextKey = "text",
+    text_key: o.TextKey = "text",
     seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
-    overwrite: Overwrite = False,
-    upload_repo: UploadRepo = None,
+    overwrite: o.Overwrite = False,
+    upload_repo: o.UploadRepo = None,
 ) -> None:
-    """Train a pair's auxiliary and predictor together, the base frozen. Run again, it goes on where it stopped."""
-    from kvpred_mlx.cli import making
+    """Train a pair's predictor and auxiliary, the base frozen. Run again, it goes on where it stopped."""
+    from kvpred_mlx.making.as_used import AsUsedWeights, as_used_trainer
+    from kvpred_mlx.making.data import check_paths
     from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
-    from kvpred_mlx.making.loop import Settings
     from kvpred_mlx.making.loss import LossWeights
     from kvpred_mlx.making.optimizers import LEARNING_RATES
+    from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 
-    if dtype not in (None, *DTYPES):
-        raise typer.BadParameter(f"{dtype!r}, expected {', '.join(DTYPES)}", param_hint="--dtype")
+    models = making.Models(base, auxiliary, auxiliary_layers)
+    if model is not None and (models or source is not None):
+        raise typer.BadParameter(
+            "given with two models or a source, expected a pair alone", param_hint="--model"
+        )
+    fit = FitSettings(fit_tokens, source=making.check_source(source), layer_map=layer_map, seed=seed)
     if optimizer not in LEARNING_RATES:
         raise typer.BadParameter(
             f"{optimizer!r}, expected {' or '.join(LEARNING_RATES)}", param_hint="--optimizer"
@@ -103,90 +105,52 @@ def train(
         )
     if learning_rate is None:
         learning_rate = LEARNING_RATES[optimizer]
-    making.check_output(mlx_path, overwrite, upload_repo)
+    output = making.Output(mlx_path, overwrite, upload_repo)
+    output.check()
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
         shutil.rmtree(states, ignore_errors=True)
-    settings = Settings(
+    settings = TrainingSettings(
         iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
-        weight_decay=Settings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
+        weight_decay=TrainingSettings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
         grad_accumulation_steps=grad_accumulation_steps, save_every=save_every, steps_per_report=steps_per_report,
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
-    training, held_out = making.read_data(data, text_key)
-    pair, tokenizer, names, begun = _begin(
-        model,
-        (base, auxiliary, auxiliary_layers),
-        training,
-        max_seq_length,
-        data,
-        source,
-        layer_map,
-        fit_tokens,
-        seed,
-    )
-    packed = making.pack(tokenizer, training, max_seq_length, data)
-    with restored_types(pair):
-        trainer = joint_trainer(
-            pair, packed, settings, LossWeights(auxiliary_loss, kv_loss, z_loss), states,
-            freeze_auxiliary=freeze_auxiliary, grad_checkpoint=grad_checkpoint, compiled=not no_compile,
-        )  # fmt: skip
+    check_paths(data or [])
+    if model is not None:
+        begun = making.open_to_train(model)
+        training, held_out = making.read_data(data or [], text_key, begun.tokenizer)
+    else:
+        chosen = models.load()
+        training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
+        begun = making.fit_pair(chosen, training, max_seq_length, fit)
+    with restored_types(begun.pair):
+        if as_used:
+            folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")
+            recording = making.record_windows(begun, training, max_seq_length, folder, windows)
+            weights = AsUsedWeights(kv=kv_loss or 0.0)
+            trainer = as_used_trainer(begun.pair, recording, settings, weights, states)
+            how = f"The predictor was trained as it is used on {iters * batch_size:,} windows"
+        else:
+            packed = making.pack(begun.tokenizer, training, max_seq_length)
+            joint = LossWeights(auxiliary_loss, 1.0 if kv_loss is None else kv_loss, z_loss)
+            trainer = joint_trainer(
+                begun.pair, packed, settings, joint, states,
+                freeze_auxiliary=freeze_auxiliary, grad_checkpoint=grad_checkpoint, compiled=not no_compile,
+            )  # fmt: skip
+            tokens = iters * batch_size * grad_accumulation_steps * max_seq_length
+            trained = "Maps" if begun.pair.auxiliary is None else "Auxiliary and predictor"
+            how = f"{trained} were trained together on {tokens:,} tokens"
         _run(trainer, settings, states)
     if trainer.group.rank():
         return
-    figures = making.held_out_figures(pair, tokenizer, held_out, making.prompt_lengths(max_seq_length))
-    tokens = iters * batch_size * grad_accumulation_steps * max_seq_length
-    made = [
-        *begun,
-        f"Auxiliary and predictor were trained together on {tokens:,} tokens with `kvpred-mlx train`.",
-    ]
-    making.save_pair(mlx_path, pair, tokenizer, names, made, figures, overwrite, upload_repo)
+    begun.made += [f"{how} with `kvpred-mlx train`."]
+    output.save(begun)
     shutil.rmtree(states, ignore_errors=True)
+    output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length))
 
 
-def _begin(
-    model: str | None,
-    parts: tuple[str | None, str | None, str | None],
-    training: list[str],
-    max_seq_length: int,
-    data: Path,
-    source: str | None,
-    layer_map: str,
-    fit_tokens: int,
-    seed: int,
-) -> tuple[KVPredictionModel, Any, tuple[str, str], list[str]]:
-    """The pair to train, its tokenizer, its models' names, and what its card says of its beginning."""
-    from kvpred_mlx.cli import making
-    from kvpred_mlx.making.fit import FitSettings, fit
-    from kvpred_mlx.making.pairing import join
-    from kvpred_mlx.pair.loading import find_pair, load
-    from kvpred_mlx.pair.sources import DEFAULT
-
-    if model is not None:
-        if any(parts) or source is not None:
-            raise typer.BadParameter(
-                "given with two models or a source, expected a pair alone", param_hint="--model"
-            )
-        path = find_pair(model)
-        pair, tokenizer = load(path)
-        return (
-            pair,
-            tokenizer,
-            (f"of {path.name}", f"of {path.name}"),
-            [f"Training began from the pair {path.name}."],
-        )
-    first, second = making.load_models(*parts)
-    packed = making.pack(first.tokenizer, training, max_seq_length, data)
-    settings = FitSettings(fit_tokens, source=source or DEFAULT, layer_map=layer_map, seed=seed)
-    with progress_bar("fitting") as progress:
-        fitted = fit(first.model, second.model, packed, settings, progress)
-    made = [
-        f"The predictor (source {settings.source}) was first fitted in closed form on {fitted.tokens:,} tokens."
-    ]
-    return join(first, second, fitted.predictor), first.tokenizer, (first.name, second.name), made
-
-
-def _run(trainer: Any, settings: Settings, states: Path) -> None:
+def _run(trainer: Any, settings: TrainingSettings, states: Path) -> None:
     """Train with progress on standard error; only the first process of several shows it."""
     import sys
 

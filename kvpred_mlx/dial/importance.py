@@ -53,22 +53,30 @@ class Importance:
             )
 
     @contextmanager
-    def listen(self) -> Iterator[Heard]:
+    def listen(self, most: int | None = None) -> Iterator[Heard]:
         """What the model's attention is asked on this thread, lazily.
+
+        Args:
+            most: listen to so many attention layers only, the first ones.
 
         Raises:
             UnsupportedModelError: as `check`.
         """
         self.check()
-        heard = Heard()
+        heard = Heard(most)
         with self._calls.seen_by(heard.note):
             yield heard
 
 
 class Heard:
-    """Queries and keys of every attention layer, piece by piece of what was read."""
+    """Queries and keys of every attention layer, piece by piece of what was read.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many layers are heard, the first ones (None: all).
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._layers: dict[int, list[_Attention]] = {}
 
     def __bool__(self) -> bool:
@@ -78,7 +86,8 @@ class Heard:
         self, attention: Any, queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any,
         sinks: Any,
     ) -> mx.array:  # fmt: skip
-        if cache is not None and isinstance(keys, mx.array):
+        known = self._most is None or len(self._layers) < self._most or id(cache) in self._layers
+        if known and cache is not None and isinstance(keys, mx.array):
             self._layers.setdefault(id(cache), []).append(
                 _Attention(queries, keys, scale, mask, hasattr(cache, "max_size"))
             )

@@ -1,39 +1,32 @@
-"""The dial: prompt positions that the base computes exactly, among predicted ones.
-
-Without it every position but a prompt's last is predicted.  With it the base processes a chosen part of the prompt
-itself, attending to predicted and to exact entries, and its keys and values take the predicted ones' places.
-"""
+"""The dial: which of a prompt's positions the base computes exactly, and how deep it goes for the others."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
-
-from kvpred_mlx.dial.importance import Heard, choose
-from kvpred_mlx.taps.kv import KV
-
-if TYPE_CHECKING:
-    from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
-    from kvpred_mlx.pair.model import KVPredictionModel
+Depth = tuple[int, float]  # so many layers, up to that share of the prompt
 
 
 @dataclass(frozen=True)
 class ExactPositions:
     """Which of a prompt's tokens the base computes exactly; the prompt's last token always is, and does not count.
 
+    >>> ExactPositions(last=0.1)  # the prompt's last tenth
+    ExactPositions(first=0, last=0.1, top=0.0, depth=())
+    >>> ExactPositions(depth=((8, 0.6), (14, 0.9)))  # and of a pair that reads with its base's first layers
+    ExactPositions(first=0, last=0, top=0.0, depth=((8, 0.6), (14, 0.9)))
+
     Args:
         first: tokens at the beginning (attention sinks).
         last: the end, in tokens (int) or as a fraction of the prompt (float); the auxiliary leaves it to the
             base, unless it is asked for `top`.
         top: a fraction of the prompt, chosen among the others by the attention of the auxiliary's last queries.
+        depth: for pairs that read with their base's first layers: how many layers read the prompt up to which share
+            of it, in order; what is behind the last share is exact.  Empty: the pair's deepest, to the end.
 
     Raises:
         ValueError: naming what is out of range.
@@ -42,6 +35,7 @@ class ExactPositions:
     first: int = 0
     last: int | float = 0
     top: float = 0.0
+    depth: Sequence[Depth] = ()
 
     def __post_init__(self) -> None:
         wrong = []
@@ -52,156 +46,60 @@ class ExactPositions:
             wrong.append(f"last is {self.last!r}, expected a number of tokens, or a fraction from 0.0 to 1.0")
         if type(self.top) not in (int, float) or not 0 <= self.top <= 1:
             wrong.append(f"top is {self.top!r}, expected a fraction from 0 to 1")
+        if not _is_depth(self.depth):
+            wrong.append(
+                f"depth is {self.depth!r}, expected pairs of a number of layers and a share, the shares rising up to 1"
+            )
         if wrong:
             raise ValueError("exact positions: " + "; ".join(wrong))
+        object.__setattr__(self, "depth", tuple((k, float(end)) for k, end in self.depth))
 
     def __bool__(self) -> bool:
-        return bool(self.first or self.last or self.top)
+        return bool(self.first or self.last or self.top or self.depth)
 
     def last_of(self, tokens: int) -> int:
-        """How many of `tokens` tokens `last` means."""
-        return min(tokens, self.last if isinstance(self.last, int) else _share(self.last, tokens))
+        """How many of `tokens` tokens at the end are exact."""
+        last = self.last if isinstance(self.last, int) else share(self.last, tokens)
+        behind = tokens - share(self.depth[-1][1], tokens) if self.depth else 0
+        return min(tokens, max(last, behind))
 
     def top_of(self, tokens: int) -> int:
         """How many of `tokens` tokens `top` means."""
-        return _share(self.top, tokens)
+        return share(self.top, tokens)
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict[str, Any]:
         """As a pair's `config.json` holds it."""
-        return asdict(self)
+        fields = asdict(self)
+        return fields if self.depth else {name: value for name, value in fields.items() if name != "depth"}
 
 
-def _share(fraction: float, tokens: int) -> int:
+def share(fraction: float, tokens: int) -> int:
+    """How many of `tokens` tokens a fraction of them is, rounded up."""
     return ceil(round(fraction * tokens, 6))
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the dial means in one call of `tokens` tokens.
+def parse_depth(text: str) -> tuple[Depth, ...]:
+    """`8:0.6,14:0.9`: 8 layers for the first six tenths, 14 up to nine tenths; `14` alone goes to the end.
 
-    The call's tokens `[0, first)` and `[last, tokens)` are exact and the rest is predicted; then `top` of the
-    tokens `[candidates)`, numbered from the first of the last `seen` ones, are made exact.  The auxiliary reads the
-    tokens `[0, read)`.
+    Raises:
+        ValueError: it does not read like that.
     """
-
-    tokens: int
-    first: int
-    last: int
-    top: int
-    candidates: tuple[int, int]
-    seen: int
-    read: int
-
-    @classmethod
-    def of(cls, dial: ExactPositions, tokens: int, announced: tuple[int, int] | None, windowed: bool) -> Call:
-        """Without an announced prompt (tokens done, tokens in all) every call is taken for a whole one."""
-        done, total = announced or (0, tokens)
-        head = total - dial.last_of(total)
-        first = min(max(dial.first - done, 0), tokens)
-        last = max(first, min(head - done, tokens))
-        if windowed or announced is None:
-            whole, start, end, top = tokens, first, last, dial.top_of(tokens)
-        else:  # all in one, in the call in which the predicted part ends
-            whole, start, end = done + tokens, dial.first, head
-            top = dial.top_of(total) if done < head <= done + tokens else 0
-        if windowed and top and last - first == 1:  # no gap in a ring: a single token is simply exact
-            first = last = end = start
-        top = min(top, max(0, end - start))
-        read = tokens if dial.top else last if last > first else 0
-        return cls(tokens, first, last, top, (start, end), whole, read)
-
-    def chosen(self, scores: mx.array) -> mx.array:
-        """The first and the top tokens [B, n] among the last `seen` ones, ascending, by their `scores` [B, seen]."""
-        start, end = self.candidates
-        rows = scores.shape[0]
-        top = start + choose(scores[:, start:end], [self.top] * rows, [end - start] * rows)
-        first = mx.arange(self.first) + (self.seen - self.tokens)
-        return mx.concatenate([mx.broadcast_to(first, (rows, self.first)), top], axis=1)
+    try:
+        words = [word.partition(":") for word in text.replace("/", ",").split(",")]
+        depth = tuple((int(layers), float(end) if colon else 1.0) for layers, colon, end in words)
+    except ValueError:
+        depth = ()
+    if not depth or not _is_depth(depth):
+        raise ValueError(
+            f"depth {text!r}, expected layers and shares of the prompt such as 8:0.6,14:0.9, or 14"
+        )
+    return depth
 
 
-def prefill(
-    pair: KVPredictionModel,
-    dial: ExactPositions,
-    inputs: mx.array,
-    base_cache: list[Any],
-    entry: AuxiliaryCache,
-) -> mx.array:
-    """Fill the base's cache for `inputs` [B, L], exactly where the dial says so, else predicted.
-
-    Returns the logits: the base's own for the end (and, without `top`, the beginning), teacher-forced ones
-    elsewhere; all the base's own in a call of fewer than `min_prompt_tokens` tokens, which may be a speculative
-    decoder's draft.
-    """
-    tokens = inputs.shape[1]
-    lags, lengths = entry.lags(), entry.lengths(tokens)
-    call = _call(pair, dial, tokens, base_cache, entry)
-    short = tokens < pair.min_prompt_tokens
-    aside = copy.deepcopy(base_cache) if short else None
-    read = tokens if short else call.read
-    with pair.importance.listen() if call.top else nullcontext(Heard()) as heard:
-        predicted = pair.predict(inputs[:, :read], entry) if read else []
-    entry.append(inputs)
-
-    begin = 0 if call.top else call.first  # with a top, the first ones go through the base together with it
-    before, middle, after = (inputs[:, a:b] for a, b in pairwise((0, begin, call.last, tokens)))
-    parts = [pair.base(before, cache=base_cache)] if before.size else []
-    if middle.size:
-        part = slice(begin, call.last)
-        filled = [KV(k[:, part], v[:, part]) for k, v in predicted]
-        parts.append(_fill(pair, filled, middle, base_cache))
-    chosen = _chosen(dial, call, heard, lags, lengths, inputs.shape[0])
-    if chosen is not None:
-        picked = mx.take_along_axis(entry.tail(call.seen), chosen, axis=1)
-        pair.rows(picked, chosen, call.seen - after.shape[1], base_cache)
-    parts += [pair.base(after, cache=base_cache)] if after.size else []
-    entry.read_on(tokens, all_read=read == tokens, provisional=short and middle.size > 0)
-    return mx.concatenate(parts, axis=1) if aside is None else pair.base(inputs, cache=aside)
-
-
-def _call(
-    pair: KVPredictionModel, dial: ExactPositions, tokens: int, base_cache: list[Any], entry: AuxiliaryCache
-) -> Call:
-    """The plan of a call; raises UnsupportedModelError if the base cannot follow it."""
-    padded = entry.lengths(tokens) is not None
-    if dial.top or padded:
-        pair.rows.check()
-    windowed = not all(isinstance(c, KVCache | QuantizedKVCache) for c in base_cache)
-    call = Call.of(dial, tokens, None if padded else entry.announced, windowed)
-    if not padded:
-        return call
-    # Each row ends elsewhere, so all that is exact is made so afterwards.
-    return Call(tokens, 0, tokens, dial.top_of(tokens), (call.first, tokens), tokens, tokens)
-
-
-def _fill(pair: KVPredictionModel, predicted: list[KV], tokens: mx.array, base_cache: list[Any]) -> mx.array:
-    """Append predicted entries; the teacher-forced logits, lazy."""
-    if not pair.base_taps.fused:
-        return pair.base_taps.inject(predicted, tokens, base_cache, logits=True)
-    aside = copy.deepcopy(base_cache)
-    pair.fill(predicted, tokens, base_cache)
-    return pair.base_taps.inject(predicted, tokens, aside, logits=True)
-
-
-def _chosen(
-    dial: ExactPositions, call: Call, heard: Heard, lags: Sequence[int], lengths: list[int] | None, rows: int
-) -> mx.array | None:
-    """Positions [B, n] to make exact among the last `seen` ones, ascending; None if there are none."""
-    if lengths is None:
-        if not call.top:
-            return None
-        return call.chosen(heard.scores(call.seen, call.tokens, [*lags] * (rows // len(lags))))
-    start, ends = call.candidates[0], [n - dial.last_of(n) for n in lengths]
-    parts = [mx.broadcast_to(mx.arange(start), (rows, start))] if start else []
-    if call.top and start < call.tokens:
-        lags = [*lags] * (rows // len(lags))
-        scores = heard.scores(call.tokens, call.tokens, lags, lengths)[:, start:]
-        limits = [max(1, e - start) for e in ends]
-        counts = [max(1, min(dial.top_of(n), limit)) for n, limit in zip(lengths, limits, strict=True)]
-        parts.append(start + choose(scores, counts, limits))
-    if dial.last:
-        most = max(n - e for n, e in zip(lengths, ends, strict=True))
-        parts.append(mx.array(ends)[:, None] + mx.arange(most))
-    if not parts:
-        return None
-    newest = mx.maximum(mx.array(lengths)[:, None] - 1, 0)
-    return mx.sort(mx.minimum(mx.concatenate(parts, axis=1), newest), axis=1)
+def _is_depth(depth: Any) -> bool:
+    try:
+        spans = [(k, float(end)) for k, end in depth]
+    except (TypeError, ValueError):
+        return False
+    ends = [0.0, *(end for _, end in spans)]
+    return all(type(k) is int and k > 0 for k, _ in spans) and all(a < b <= 1 for a, b in pairwise(ends))

@@ -98,7 +98,7 @@ class ExactRows:
                 for x, y in zip(a.keys_and_values(), b.keys_and_values(), strict=True)
                 if x.size
             ]
-            return all(_close(x, y) for x, y in pairs)
+            return all(close(x, y) for x, y in pairs)
         except (
             AttributeError,
             IndexError,
@@ -205,7 +205,7 @@ def _grouped(
     return cache.ungroup(output)
 
 
-def _close(expected: mx.array, found: mx.array) -> bool:
+def close(expected: mx.array, found: mx.array) -> bool:
     """Equal but for the rounding of low precision; a wrong position or mask differs by the size of the entries."""
     if expected.shape != found.shape:
         return False

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.generation.chunks import process_prompt
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.model import KVPredictionModel
 
-NAME = "auxiliary"  #: the draft's name in flags and requests
+AUXILIARY = "auxiliary"  #: the draft's name in flags and requests
 
 
 class AuxiliaryDraft:
@@ -34,11 +32,11 @@ class AuxiliaryDraft:
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         """Logits [1, 1, vocabulary] after the last of `inputs` [1, L]; the others are in the log already."""
         self.drafted += 1
-        entry, auxiliary = cache[0].entry, self._pair.auxiliary
+        entry, auxiliary = cache[0].entry, self._pair.auxiliary_model
         entry.end_prompt()
         unread = entry.unread()
         if unread.shape[1] > 1:  # a prompt that the base processed exactly, or the end of one
-            prefill(auxiliary, unread[0], list(entry.auxiliary))
+            process_prompt(auxiliary, unread[0], list(entry.auxiliary))
             unread = unread[:, :0]
         tokens = mx.concatenate([unread.astype(inputs.dtype), inputs[:, -1:]], axis=1)
         return auxiliary(tokens, cache=list(entry.auxiliary))[:, -1:]
@@ -66,7 +64,7 @@ class AuxiliaryDraft:
                 f"{num_draft_tokens} draft tokens, expected fewer than {self._pair.min_prompt_tokens - 1}: "
                 f"longer calls are prompts (min_prompt_tokens {self._pair.min_prompt_tokens})"
             )
-        whole = make_prompt_cache(self._pair.auxiliary)
+        whole = make_prompt_cache(self._pair.auxiliary_model)
         if len(entry.auxiliary) < len(whole):
             entry.read_again(whole)
         caches = [*prompt_cache[:-1], *entry.auxiliary]
@@ -90,22 +88,3 @@ class _View:
 
     def trim(self, n: int) -> int:
         return n
-
-
-def prefill(
-    model: Any,
-    tokens: mx.array,
-    cache: Any,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    **options: Any,
-) -> None:
-    """Process `tokens` [n] as mlx-lm processes a prompt, chunk by chunk; `options` as its `generate_step`."""
-    step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
-    stream, kv_bits, group_size = (options.get(name) for name in ("stream", "kv_bits", "kv_group_size"))
-    with mx.stream(stream) if stream is not None else nullcontext():
-        for start in range(0, tokens.size, step):
-            model(tokens[None, start : start + step], cache=cache)
-            maybe_quantize_kv_cache(cache, options.get("quantized_kv_start", 0), group_size, kv_bits)
-            mx.eval([c.state for c in cache])
-            progress(min(start + step, tokens.size), tokens.size + 1)
-            mx.clear_cache()

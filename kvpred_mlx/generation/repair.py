@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -26,7 +28,7 @@ STEPS_TIMED = 9  # the latest ones without a slice, for the median
 
 
 @dataclass
-class Progress:
+class RepairStatus:
     """How far a repair is.
 
     Args:
@@ -70,32 +72,34 @@ class RepairingModel(nn.Module):
         if not 0 < budget <= 1:
             raise ValueError(f"the repair budget is {budget!r}, expected a share of time above 0 and up to 1")
         self.pair = pair
-        self.progress = Progress()
+        self.status = RepairStatus()
         self._work = _Work(pair, budget, max_kv_size)
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         work, entry = self._work, cache[-1]
         if inputs.shape[1] > 1:
             work.start(cache)
-            return self.pair(inputs, cache=cache)
+            with work.watching(cache):
+                return self.pair(inputs, cache=cache)
         if not work.steps:
             work.needed = isinstance(entry, AuxiliaryCache) and entry.exact_tokens < entry.size()
             if work.needed:
                 work.start(cache)
             else:
-                self.progress.exact_from = 0
+                self.status.exact_from = 0
         work.steps += 1
         if work.needed:
-            work.account(self.progress)
+            work.account(self.status)
             lag = work.lag(entry)
             if work.affordable(lag):
                 if lag <= work.slice:
-                    return work.finish(inputs, cache, self.progress)
+                    return work.finish(inputs, cache, self.status)
                 if work.catches_up(lag):
-                    work.read(entry, self.progress)
+                    work.read(entry, self.status)
                 else:
-                    work.give_up(self.progress)
-        return self.pair(inputs, cache=cache)
+                    work.give_up(self.status)
+        with work.watching(cache):
+            return self.pair(inputs, cache=cache)
 
     @property
     def layers(self) -> list[Any]:
@@ -112,12 +116,17 @@ class _Work:
 
     Times are those from one call to the next, so that all a slice causes counts, also that decoding no longer runs
     ahead.
+
+    Where the base's own first layers read, their entries are exact already, also those of generated tokens: repair
+    begins at the depth, from the hidden states that layer read, which are kept.
     """
 
     def __init__(self, pair: KVPredictionModel, budget: float, max_kv_size: int | None):
         self._pair, self._max_kv_size = pair, max_kv_size
         self._per_second = budget / max(1 - budget, 1e-9)  # seconds earned by a second of decoding
         self._cache: list[Any] | None = None
+        self._depth: int | None = None  # the layer to begin at (None: the first)
+        self._hidden: list[mx.array] = []  # what it read, of the tokens that are still to be read
         self._read = self.steps = 0
         self._credit = 0.0
         self._plain: deque[float] = deque(maxlen=STEPS_TIMED)  # seconds of steps without a slice
@@ -133,27 +142,59 @@ class _Work:
         if self._cache is not None or not isinstance(cache[-1], AuxiliaryCache):
             return
         exact = cache[-1].exact_tokens
+        self._depth = self._shallowest() if exact == cache[-1].size() else None
         self._cache = make_prompt_cache(self._pair.base, self._max_kv_size)
         if exact and can_trim_prompt_cache(cache[:-1]):
             self._cache = copy.deepcopy(cache[:-1])
             trim_prompt_cache(self._cache, cache[-1].size() - exact)
             self._read = exact
 
+    def _shallowest(self) -> int | None:
+        """The layer that repair can begin at, if not at the first."""
+        reader, dial = self._pair.first_layers_reader, self._pair.exact_positions
+        if reader is None or (dial and dial.top):  # tokens in the middle would come twice
+            return None
+        depth = min((k for k, _ in dial.depth), default=reader.depth) if dial else reader.depth
+        return depth if reader.resumable(depth) else None
+
+    @contextmanager
+    def watching(self, cache: list[Any]) -> Iterator[None]:
+        """Keep hidden states of the block's call, as long as they may be needed."""
+        reader = self._pair.first_layers_reader
+        if reader is None or self._depth is None or self._cache is None:
+            yield
+            return
+        with reader.watched(self._depth, cache[:-1], self._hidden):
+            yield
+
+    def _process(self, tokens: mx.array) -> None:
+        """Read the next `tokens` [1, L] into the second cache."""
+        assert self._cache is not None
+        reader = self._pair.first_layers_reader
+        if reader is None or self._depth is None:
+            self._pair.base(tokens, cache=self._cache)
+        else:
+            hidden = mx.concatenate(self._hidden, axis=1)
+            n = tokens.shape[1]
+            reader.resume(self._depth, hidden[:, :n], tokens, self._cache)
+            self._hidden = [hidden[:, n:]]
+        self._read += tokens.shape[1]
+
     def lag(self, entry: AuxiliaryCache) -> int:
         """Tokens that the first cache has and the second has not."""
         return entry.size() - self._read
 
-    def account(self, progress: Progress) -> None:
+    def account(self, status: RepairStatus) -> None:
         """At the beginning of a decode step: what the one before it earned or cost."""
         # mlx-lm asks for the second token before it hands out the first: only the third call begins a plain step.
         if self.steps < 3:
             return
         now = time.perf_counter()
         if self._since is not None:
-            self._enter(now - self._since, progress)
+            self._enter(now - self._since, status)
         self._since = now
 
-    def _enter(self, seconds: float, progress: Progress) -> None:
+    def _enter(self, seconds: float, status: RepairStatus) -> None:
         if not self._sliced:
             self._plain.append(seconds)
         step = median(self._plain)
@@ -163,7 +204,7 @@ class _Work:
         # Beside its own time a slice keeps decoding from running a step ahead; what is more, it did not cause.
         spent = max(0.0, min(seconds - step, self._own + step))
         self._credit -= spent
-        progress.seconds += spent
+        status.seconds += spent
         self._per_token, self._sliced = spent / self._sliced, 0
         if spent > 4 * step:
             self.slice = max(SMALLEST_SLICE, self.slice // 2)
@@ -183,30 +224,35 @@ class _Work:
         self._lags.append(lag)
         return len(self._lags) <= PATIENCE or lag < self._lags[0]
 
-    def give_up(self, progress: Progress) -> None:
+    def give_up(self, status: RepairStatus) -> None:
         """No more slices; the second cache is let go."""
-        self.needed, self._cache, progress.given_up = False, None, True
+        self.needed, self._cache, self._hidden, status.given_up = False, None, [], True
 
-    def read(self, entry: AuxiliaryCache, progress: Progress) -> None:
+    def read(self, entry: AuxiliaryCache, status: RepairStatus) -> None:
         """The next slice."""
         assert self._cache is not None
         began = time.perf_counter()
         tokens = entry.tail(self.lag(entry))[:, : self.slice]
-        self._pair.base(tokens, cache=self._cache)
-        mx.eval([c.state for c in self._cache])
+        self._process(tokens)
+        mx.eval([c.state for c in self._cache[self._depth or 0 :]], self._hidden)
         self._own = time.perf_counter() - began
         self._sliced = tokens.shape[1]
-        self._read += self._sliced
-        progress.slices += 1
+        status.slices += 1
 
-    def finish(self, inputs: mx.array, cache: list[Any], progress: Progress) -> mx.array:
+    def finish(self, inputs: mx.array, cache: list[Any], status: RepairStatus) -> mx.array:
         """The last slice and the decode step in one; from here on the second cache is the cache."""
         assert self._cache is not None
         entry: AuxiliaryCache = cache[-1]
-        rest = mx.concatenate([entry.tail(self.lag(entry)).astype(inputs.dtype), inputs], axis=1)
-        logits = self._pair.base(rest, cache=self._cache)[:, -1:]
-        cache[:-1] = self._cache
-        self.needed = False
-        progress.exact_from = self.steps - 1
-        entry.exact_tokens = entry.size()
-        return self._pair.logged(logits, inputs, entry)
+        rest = entry.tail(self.lag(entry)).astype(inputs.dtype)
+        if self._depth is None:
+            logits = self._pair.base(mx.concatenate([rest, inputs], axis=1), cache=self._cache)[:, -1:]
+            cache[:-1] = self._cache
+        else:
+            if rest.size:
+                self._process(rest)
+            cache[self._depth : -1] = self._cache[self._depth :]
+            logits = self._pair.base(inputs, cache=cache[:-1])
+        self.needed, self._hidden, self._cache = False, [], None
+        status.exact_from = self.steps - 1
+        entry.repaired()
+        return mx.depends(logits, entry.decoded(inputs))

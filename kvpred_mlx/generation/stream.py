@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE, DEFAULT_QUANTIZED_KV_START, generation_stream
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kvpred_mlx.generation.draft import AuxiliaryDraft, prefill
-from kvpred_mlx.generation.repair import BUDGET, Progress, RepairingModel
-from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
+from kvpred_mlx.generation.draft import AuxiliaryDraft
+from kvpred_mlx.generation.repair import BUDGET, RepairingModel, RepairStatus
+from kvpred_mlx.generation.timing import FirstToken, Rates
 from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -29,7 +29,7 @@ class GenerationResponse(MlxLmResponse):
         ttft (float): seconds from the call until the first token's value was on the host.
         prefill_time (float): the part of `ttft` in which the prompt cache was filled (auxiliary and
             projection, or the base alone); the rest is the base's step on the last prompt token.
-        repair (Progress | None): how far the repair of the prompt cache is, if there is one.
+        repair (RepairStatus | None): how far the repair of the prompt cache is, if there is one.
         repair_tps (float): tokens per second while it was repaired, the first token left out.
         repaired_tps (float): tokens per second since it is exact; 0 before.
         drafted (int): tokens that the pair's auxiliary drafted so far.
@@ -38,7 +38,7 @@ class GenerationResponse(MlxLmResponse):
 
     ttft: float = 0.0
     prefill_time: float = 0.0
-    repair: Progress | None = None
+    repair: RepairStatus | None = None
     repair_tps: float = 0.0
     repaired_tps: float = 0.0
     drafted: int = 0
@@ -71,34 +71,50 @@ def stream_generate(
         ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; or a pair's
             auxiliary cannot draft with these options (see `AuxiliaryDraft.attach`).
     """
-    clock = _FirstToken(kwargs.pop("prompt_progress_callback", None))
+    clock = FirstToken(kwargs.pop("prompt_progress_callback", None))
     prompt = _token_ids(model, tokenizer, prompt)
-    draft: Any = draft_model
-    if isinstance(model, KVPredictionModel):
-        if draft is model.auxiliary or isinstance(draft, AuxiliaryDraft):
-            draft = AuxiliaryDraft(model)
-        if draft is None or isinstance(draft, AuxiliaryDraft):
-            announce_prompt(model, prompt.size, kwargs)
+    draft = _draft_of(model, draft_model)
+    own = isinstance(draft, AuxiliaryDraft)
+    if isinstance(model, KVPredictionModel) and (draft is None or own):
+        announce_prompt(model, prompt.size, kwargs)
     if repair:
         if draft is not None or not isinstance(model, KVPredictionModel):
             raise ValueError("only a pair without a draft model has a predicted cache to repair")
         model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
-    rates = _Rates(model.progress if isinstance(model, RepairingModel) else None)
-    if isinstance(draft, AuxiliaryDraft):
-        responses = _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **kwargs)
-    else:
-        progress: Any = {} if draft is not None else {"prompt_progress_callback": clock}
-        responses = mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **kwargs, **progress)
+    rates = Rates(model.status if isinstance(model, RepairingModel) else None)
     accepted = 0
-    for response in responses:
+    for response in _responses(model, tokenizer, prompt, max_tokens, draft, clock, kwargs):
         clock.first_response()
         accepted += response.from_draft
         fields = {f.name: getattr(response, f.name) for f in dataclasses.fields(response)}
-        counts: Any = (
-            {"drafted": draft.drafted, "accepted": accepted} if isinstance(draft, AuxiliaryDraft) else {}
-        )
+        counts: Any = {"drafted": draft.drafted, "accepted": accepted} if own else {}
         counts |= rates(response.generation_tokens)
         yield GenerationResponse(**fields, ttft=clock.ttft, prefill_time=clock.prefill_time, **counts)
+
+
+def _draft_of(model: nn.Module, draft: Any) -> Any:
+    """The draft model; a pair's own auxiliary gets a view of the pair's cache."""
+    if not isinstance(model, KVPredictionModel):
+        return draft
+    own = isinstance(draft, AuxiliaryDraft) or (draft is not None and draft is model.auxiliary)
+    return AuxiliaryDraft(model) if own else draft
+
+
+def _responses(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: mx.array,
+    max_tokens: int,
+    draft: Any,
+    clock: FirstToken,
+    options: dict[str, Any],
+) -> Generator[MlxLmResponse, None, None]:
+    """mlx-lm's responses; `clock` is told of the prompt's progress where mlx-lm tells it."""
+    if isinstance(draft, AuxiliaryDraft):
+        return _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **options)
+    if draft is None:
+        options = options | {"prompt_progress_callback": clock}
+    return mlx_lm_stream_generate(model, tokenizer, prompt, max_tokens, draft, **options)
 
 
 def _drafted(
@@ -107,7 +123,7 @@ def _drafted(
     prompt: mx.array,
     max_tokens: int,
     draft: Any,
-    clock: _FirstToken,
+    clock: FirstToken,
     **options: Any,
 ) -> Generator[MlxLmResponse, None, None]:
     """mlx-lm's speculative decoding with an `AuxiliaryDraft`, from the prompt's last token on, after its prefill.
@@ -123,7 +139,7 @@ def _drafted(
     options = defaults | options
     cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
     attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
-    prefill(model, prompt[:-1], cache, clock, **options)
+    process_prompt(model, prompt[:-1], cache, clock, **options)
     options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
     for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
         clock.first_response(prompt.size)
@@ -172,65 +188,6 @@ def footer(response: GenerationResponse) -> str:
         f"{lines}\nRepair: exact from generated token {response.repair.exact_from + 1} on, "
         f"{response.repair_tps:.3f} tokens-per-sec before, {response.repaired_tps:.3f} after"
     )
-
-
-def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, Any]) -> None:
-    """Tell the cache that a long prompt comes, and cut it so that no chunk is a single token."""
-    if options.get("prompt_cache") is None:
-        options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
-    entry, before_last = options["prompt_cache"][-1], tokens - 1
-    if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
-        entry.prompt_open, entry.announced = True, (0, before_last)
-        step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
-        sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))
-        options["prefill_step_size"] = next(size for size in sizes if size > 1 and before_last % size != 1)
-
-
-class _Rates:
-    """Decode speed while a cache is repaired, and after."""
-
-    def __init__(self, progress: Progress | None):
-        self._progress = progress
-        self._times: list[float] = []
-
-    def __call__(self, tokens: int) -> dict[str, Any]:
-        """The response's fields when `tokens` tokens are out."""
-        if self._progress is None:
-            return {}
-        if len(self._times) < tokens:
-            self._times.append(time.perf_counter())
-        end = self._progress.exact_from
-        split = len(self._times) if end is None else min(end + 1, len(self._times))
-        rates = {"repair_tps": _rate(self._times[:split]), "repaired_tps": _rate(self._times[split - 1 :])}
-        return {"repair": dataclasses.replace(self._progress), **rates}
-
-
-def _rate(times: list[float]) -> float:
-    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-
-
-class _FirstToken:
-    """mlx-lm's prompt progress callback as a clock: it is called when the first token's value is ready."""
-
-    def __init__(self, then: Callable[[int, int], None] | None):
-        self._then, self._start = then, time.perf_counter()
-        self.ttft = self.prefill_time = 0.0
-
-    def __call__(self, processed: int, total: int) -> None:
-        elapsed = time.perf_counter() - self._start
-        if processed < total:
-            self.prefill_time = elapsed
-        else:
-            self.ttft = elapsed
-        if self._then is not None:
-            self._then(processed, total)
-
-    def first_response(self, total: int | None = None) -> None:
-        """Speculative decoding reports no progress: its first response is the first sign."""
-        if not self.ttft and total is not None:
-            self(total, total)
-        elif not self.ttft:
-            self.ttft = time.perf_counter() - self._start
 
 
 def _token_ids(model: nn.Module, tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from kvpred_mlx.making.quality import Estimate, Quality
+from kvpred_mlx.files import write_file
+from kvpred_mlx.making.estimates import Estimate
+from kvpred_mlx.making.quality import Quality
 
 CARD = "README.md"
 TITLES = {
@@ -50,7 +52,8 @@ def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality] = ()) 
         library_name="mlx", tags=["mlx", "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
         base_model=repositories or None, license=facts.licence,
     )  # fmt: skip
-    (folder / CARD).write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(facts, figures)}")))
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(facts, figures)}"))
+    write_file(folder / CARD, lambda beside: beside.write_text(text))
 
 
 def card_text(facts: CardFacts, figures: Iterable[Quality]) -> str:
@@ -92,8 +95,8 @@ def _range(values: list[float]) -> str:
 
 
 _LEGEND = (
-    "Real text continued by the base after an exact prompt cache and after the predicted one, by the auxiliary alone, and "
-    "by the base without the prompt. Cross-entropy in nats per token and per byte; agreement: same most likely token "
-    "as the exact base; retention: (no prompt - mode) / (no prompt - exact) in cross-entropy; means over documents with "
-    "95 % bootstrap intervals."
+    "Real text continued by the base after an exact prompt cache and after the predicted one, by the auxiliary alone, "
+    "and by the base without the prompt. Cross-entropy in nats per token and per byte; agreement: same most likely "
+    "token as the exact base; retention: (no prompt - mode) / (no prompt - exact) in cross-entropy; means over "
+    "documents with 95 % bootstrap intervals."
 )

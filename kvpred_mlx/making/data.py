@@ -12,29 +12,55 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.quant.utils import load_data
 
+from kvpred_mlx.errors import one_line
+
+CALIBRATION_TOKENS = 512
 DOCUMENT_CHARACTERS = 32768
 HELD_OUT_SHARE = 0.05
 
 
-def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
+def check_paths(paths: Sequence[Path]) -> None:
+    """Raise FileNotFoundError for the first of `paths` that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+
+
+def read_documents(path: Path, text_key: str = "text", tokenizer: Any = None) -> Iterator[str]:
     """The documents of a file or of all files below a directory, in order of their paths.
 
-    A `.jsonl` file has a document a line, under `text_key`; any other file is a text.  A document of more
-    than `DOCUMENT_CHARACTERS` is cut at line ends into several, so that one long text can be split too.
-    Hidden files and empty documents are passed over.
+    A `.jsonl` file has a document a line: a text under `text_key`, or a conversation under `messages`, which becomes
+    text by the tokenizer's chat template, as in mlx-lm's own training.  Any other file is a text.  A document of more
+    than `DOCUMENT_CHARACTERS` is cut at line ends into several, so that one long text can be split too.  Hidden files
+    and empty documents are passed over.
 
     Raises:
         FileNotFoundError: `path` is not there.
-        ValueError: a file is not UTF-8, or a line is not JSON or has no text under `text_key`.
+        ValueError: a file is not UTF-8, a line is not JSON or has neither, or there is no chat template.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+    check_paths([path])
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
         if not any(part.startswith(".") for part in file.relative_to(path).parts):
-            for text in _texts(file, text_key):
+            for text in _texts(file, text_key, tokenizer):
                 yield from (piece for piece in _pieces(text) if piece.strip())
+
+
+def calibration_text(tokenizer: Any) -> list[str]:
+    """The text that mlx-lm's own quantizers are calibrated on, fetched by mlx-lm once, in pieces.
+
+    Raises:
+        OSError: it is not there and cannot be fetched.
+    """
+    try:
+        rows = load_data(tokenizer, num_samples=-1, sequence_length=CALIBRATION_TOKENS)
+    except OSError as error:
+        raise OSError(
+            f"mlx-lm's calibration text cannot be fetched ({one_line(error)}): give text of your own with --data"
+        ) from error
+    return [tokenizer.decode(row) for row in np.array(rows).tolist()]
 
 
 def is_held_out(document: str) -> bool:
@@ -85,6 +111,11 @@ class PackedSequences:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def tokens_per_row(self) -> int:
+        """L."""
+        return self.rows.shape[1] - 1
+
     def checksum(self) -> int:
         """Of all token ids, to tell other data from the same."""
         return zlib.crc32(np.ascontiguousarray(self.rows, np.int64).tobytes())
@@ -100,7 +131,7 @@ class PackedSequences:
         return mx.array(self.rows[[orders[p // len(self)][p % len(self)] for p in places]])
 
 
-def _texts(file: Path, text_key: str) -> Iterator[str]:
+def _texts(file: Path, text_key: str, tokenizer: Any) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -110,18 +141,30 @@ def _texts(file: Path, text_key: str) -> Iterator[str]:
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            yield _field(line, text_key, f"{file}, line {number}")
+            yield _field(line, text_key, tokenizer, f"{file}, line {number}")
 
 
-def _field(line: str, text_key: str, where: str) -> str:
+def _field(line: str, text_key: str, tokenizer: Any, where: str) -> str:
     try:
         entry = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list) and text_key not in entry:
+        return _chat(entry, tokenizer, where)
     text = entry.get(text_key) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         keys = list(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{where}: no text under {text_key!r}, found {keys}")
+    return text
+
+
+def _chat(entry: dict[str, Any], tokenizer: Any, where: str) -> str:
+    if not getattr(tokenizer, "has_chat_template", False):
+        raise ValueError(f"{where}: a conversation, but the base's tokenizer has no chat template")
+    try:
+        text: str = tokenizer.apply_chat_template(entry["messages"], tools=entry.get("tools"), tokenize=False)
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"{where}: the chat template refuses the messages: {one_line(error)}") from error
     return text
 
 

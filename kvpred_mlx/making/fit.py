@@ -1,202 +1,236 @@
-"""A predictor in closed form: ridge regression of the base's keys and values on what is read of the auxiliary."""
+"""A predictor in closed form: ridge regression of the base's keys and values on what is read of a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kvpred_mlx.files import new_directory
 from kvpred_mlx.making import layer_maps
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.moments import Moments, Ridge
-from kvpred_mlx.pair import sources
-from kvpred_mlx.pair.predictor import Predictor
+from kvpred_mlx.making.moments import Ridge
+from kvpred_mlx.making.recording import Recording
+from kvpred_mlx.making.regression import FirstLayers, Key, Maps, RecordedFirstLayers, Sums, Target, TwoModels
+from kvpred_mlx.making.settings import FitSettings
+from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
+from kvpred_mlx.progress import ProgressCallback, no_progress
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 RIDGES = tuple(10.0**e for e in (-9, -7, -6, -5, -4, -3, -2, -1, 0))
-HELD_OUT_BATCHES = 10  # one batch in so many chooses ridge and layer map
+HELD_OUT_BATCHES = 10  # one batch in so many chooses ridges
+SELECTION_SHARE = 0.1  # of the batches choose the layer map, and are read again afterwards
+SELECTION_COLUMNS = 64  # of each layer's keys and values are looked at for that
+SAVE_SECONDS = 60.0
 PARTS = ("keys", "values")
-Progress = Callable[[int, int], None]
+P = TypeVar("P", Predictor, FirstLayersPredictor)
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """How to fit.
-
-    Args:
-        tokens: how many tokens to read, at most.
-        batch_size: sequences at a time.
-        source: what to predict from, one of `kvpred_mlx.pair.sources.SOURCES`.
-        layer_map: auto, even, or a list such as 0,0,1,1.
-        ridge: of standardized features; None chooses on held-out batches, for each layer, keys and values apart.
-        seed: of the choice of sequences.
-    """
-
-    tokens: int = 200_000
-    batch_size: int = 8
-    source: str = sources.DEFAULT
-    layer_map: str = "auto"
-    ridge: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sources.check_source(self.source)
-        wrong = [
-            f"{k} is {v}, expected at least 1"
-            for k in ("tokens", "batch_size")
-            if (v := getattr(self, k)) < 1
-        ]
-        wrong += (
-            [f"ridge is {self.ridge}, expected 0 or more"]
-            if self.ridge is not None and not self.ridge >= 0
-            else []
-        )
-        if wrong:
-            raise ValueError("; ".join(wrong))
-
-
-@dataclass(frozen=True)
-class Fit:
+class Fit(Generic[P]):
     """A fitted predictor.
 
     Args:
-        predictor: ready to be joined with the two models.
+        predictor: ready to be joined with its models.
         tokens: how many were read.
-        explained_variance: of the held-out batches, for `keys` and `values` of each base layer.
-        ridges: that were chosen, likewise.
+        explained_variance: of the held-out batches, for `keys` and `values` of each base layer; 1 where the base
+            computes them itself.  With several depths, at the greatest.
+        ridges: that were chosen, likewise; 0 there.
     """
 
-    predictor: Predictor
+    predictor: P
     tokens: int
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
     ridges: dict[str, list[float]] = field(default_factory=dict)
 
 
 def fit(
-    base: nn.Module,
-    auxiliary: nn.Module,
+    base: nn.Module | KVTaps,
+    auxiliary: nn.Module | KVTaps,
     data: PackedSequences,
     settings: FitSettings,
-    progress: Progress = lambda done, total: None,
-) -> Fit:
-    """Fit a predictor in one pass over the data.
+    progress: ProgressCallback = no_progress,
+    folder: Path | None = None,
+) -> Fit[Predictor]:
+    """Fit the predictor of two models in one pass over the data, and a short one before it if the layer map is auto.
 
     Args:
         data: packed sequences, of which `settings.tokens` are read in an order that depends on the seed.
         progress: called with the number of batches done and their total.
+        folder: where the sums so far are saved now and then; what is there is gone on from.
 
     Raises:
         UnsupportedModelError: one of the models cannot be tapped.
-        ValueError: the layer map is none of these models, or there are fewer than two batches of data.
+        ValueError: the layer map is none of these models, there are fewer than two batches of data, or `folder` holds
+            the sums of another fit.
     """
-    if len(data) < 2:
-        raise ValueError("the data has 1 sequence, expected at least 2: one to fit and one to hold out")
-    sums = _Sums(KVTaps(base), KVTaps(auxiliary), settings)
-    length = data.rows.shape[1] - 1
-    size = min(settings.batch_size, len(data) // 2)
-    batches = max(2, min(settings.tokens // length, len(data)) // size)
-    for i in range(batches):
-        sums.read(data.batch(i, size, settings.seed)[:, :-1], held_out=i % HELD_OUT_BATCHES == 1)
-        progress(i + 1, batches)
-    return sums.solve()
-
-
-Target = tuple[int, int]  # a base layer, and 0 for its keys or 1 for its values
-Key = tuple[int, int]  # an auxiliary layer, and which of its feature arrays
-
-
-class _Sums:
-    """The moments of every base layer's keys and values with every candidate's features.
-
-    All that may be predicted from one feature array stand side by side as its targets, so that a batch is one
-    product of matrices.
-    """
-
-    def __init__(self, base: KVTaps, auxiliary: KVTaps, settings: FitSettings):
-        self._base, self._auxiliary, self._settings = base, auxiliary, settings
-        n, m = len(base), len(auxiliary)
-        given = layer_maps.parse(settings.layer_map, n, m)
-        self._candidates = layer_maps.candidates(n, m) if given is None else [[j] for j in given]
-        self._widths = sources.feature_widths(settings.source, auxiliary)
-        self._columns: dict[Key, dict[Target, slice]] = {}
-        for i, candidates in enumerate(self._candidates):
-            for j in candidates:
-                for part, width in enumerate(base.widths[i]):
-                    columns = self._columns.setdefault(self._key(j, part), {})
-                    start = max((c.stop for c in columns.values()), default=0)
-                    columns[i, part] = slice(start, start + width)
-        self._fitted, self._held_out = (self._zeros() for _ in range(2))
-        self._tokens = 0
-
-    def read(self, tokens: mx.array, held_out: bool) -> None:
-        """Add a batch `[B, L]`."""
-        features, _ = sources.record(self._settings.source, self._auxiliary, tokens)
-        raw, _ = self._base.record(tokens)
-        mx.eval([features[j] for j, _ in self._columns], raw)
-        self._tokens += tokens.size
-        targets = {
-            (i, part): _double(array) for i, layer in enumerate(raw) for part, array in enumerate(layer)
-        }
-        sums = self._held_out if held_out else self._fitted
-        for (j, array), columns in self._columns.items():
-            sums[j, array].add(
-                _double(features[j][array]), np.concatenate([targets[t] for t in columns], axis=1)
-            )
-
-    def solve(self) -> Fit:
-        """Choose layer map and ridges on the held-out batches, then fit on all."""
-        solvers = {key: Ridge(moments) for key, moments in self._fitted.items()}
-        tried = [{j: self._tried(solvers, i, j) for j in c} for i, c in enumerate(self._candidates)]
-        layer_map = [max(t, key=lambda j: sum(v for v, _ in t[j])) for t in tried]
-        chosen = [t[j] for t, j in zip(tried, layer_map, strict=True)]
-        maps = self._maps(layer_map, [[ridge for _, ridge in parts] for parts in chosen])
-        predictor = Predictor(layer_map, self._widths, self._base.widths, self._settings.source)
-        predictor.load_maps(*maps)
-        mx.eval(predictor.parameters())
-        variances, ridges = (
-            {name: [parts[part][k] for parts in chosen] for part, name in enumerate(PARTS)} for k in range(2)
-        )
-        return Fit(predictor, self._tokens, variances, ridges)
-
-    def _tried(self, solvers: dict[Key, Ridge], i: int, j: int) -> list[tuple[float, float]]:
-        """Base layer `i` from auxiliary layer `j`: the best held-out explained variance and its ridge, for each part."""
-        ridges = RIDGES if self._settings.ridge is None else (self._settings.ridge,)
-        best = []
+    recorder = TwoModels(_taps(base), _taps(auxiliary), settings.source)
+    run = _Run(data, settings, progress, folder)
+    n, m = len(recorder.base), len(recorder.auxiliary)
+    layer_map = layer_maps.parse(settings.layer_map, n, m)
+    if layer_map is None:
+        layer_map = _select(recorder, layer_maps.candidates(n, m), run)
+    targets: dict[Key, list[Target]] = {}
+    for i, j in enumerate(layer_map):
         for part in range(2):
-            key = self._key(j, part)
-            fitted, held_out = (
-                s[key].of_targets(self._columns[key][i, part]) for s in (self._fitted, self._held_out)
-            )
-            best.append(max((held_out.explained_variance(solvers[key].solve(fitted, r)), r) for r in ridges))
-        return best
+            targets.setdefault(recorder.key(j, part), []).append((i, part))
+    sums = Sums(recorder, targets)
+    run.read(sums, "fitting")
+    solved = _Solution(sums, settings.ridge)
+    return solved.fit(recorder.predictor(layer_map, solved.maps), n)
 
-    def _maps(self, layer_map: list[int], ridges: list[list[float]]) -> list[list[tuple[mx.array, mx.array]]]:
-        """Keys' and values' maps of all base layers, fitted on all batches."""
-        whole = {key: self._fitted[key] + self._held_out[key] for key in self._columns if key[0] in layer_map}
-        solvers = {key: Ridge(moments) for key, moments in whole.items()}
-        maps: list[list[tuple[mx.array, mx.array]]] = [[], []]
-        for i, j in enumerate(layer_map):
+
+def fit_first_layers(
+    base: nn.Module | KVTaps,
+    depths: Sequence[int],
+    data: PackedSequences,
+    settings: FitSettings,
+    progress: ProgressCallback = no_progress,
+    folder: Path | None = None,
+) -> Fit[FirstLayersPredictor]:
+    """Fit maps from what a base's own layers at `depths` read to the keys and values behind them, in one pass.
+
+    Arguments and errors as those of `fit`; `settings.source` and `settings.layer_map` have no meaning here.
+    """
+    recorder = FirstLayers(_taps(base), depths)
+    sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
+    _Run(data, settings, progress, folder).read(sums, "fitting")
+    solved = _Solution(sums, settings.ridge)
+    return solved.fit(recorder.predictor(solved.maps), len(recorder.base))
+
+
+def fit_recorded(
+    base: KVTaps,
+    depths: Sequence[int],
+    recording: Recording,
+    windows: Sequence[int],
+    ridge: float | None = None,
+    progress: ProgressCallback = no_progress,
+) -> Iterator[Fit[FirstLayersPredictor]]:
+    """As `fit_first_layers` from recorded windows: a fit for each number of windows in `windows`, ascending."""
+    recorder = RecordedFirstLayers(base, depths, recording)
+    sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
+    for i in range(max(windows)):
+        sums.read(recording.rows([i]), held_out=i % HELD_OUT_BATCHES == 1)
+        progress(i + 1, max(windows), "summing up")
+        if i + 1 in windows:
+            solved = _Solution(sums, ridge)
+            yield solved.fit(FirstLayers(base, depths).predictor(solved.maps), len(base))
+
+
+def _taps(model: nn.Module | KVTaps) -> KVTaps:
+    return model if isinstance(model, KVTaps) else KVTaps(model)
+
+
+def _select(recorder: TwoModels, candidates: list[list[int]], run: _Run) -> list[int]:
+    """For each base layer the candidate that explains it best on held-out batches, by some columns of some batches."""
+    targets: dict[Key, list[Target]] = {}
+    for i, layers in enumerate(candidates):
+        for j in layers:
             for part in range(2):
-                key = self._key(j, part)
-                moments = whole[key].of_targets(self._columns[key][i, part])
-                weight, bias = solvers[key].solve(moments, ridges[i][part])
-                maps[part].append((mx.array(weight, mx.float32), mx.array(bias, mx.float32)))
-        return maps
+                targets.setdefault(recorder.key(j, part), []).append((i, part))
+    sums = Sums(recorder, targets, SELECTION_COLUMNS)
+    run.read(sums, "choosing the layer map", batches=max(2, round(run.batches * SELECTION_SHARE)))
+    solved = _Solution(sums, run.settings.ridge)
 
-    def _key(self, layer: int, part: int) -> Key:
-        """Where `part` of a base layer finds its features: only the source kv has an array for each part."""
-        return layer, part if self._settings.source == "kv" else 0
+    def explained(i: int, j: int) -> float:
+        return sum(solved.variances[recorder.key(j, part), (i, part)] for part in range(2))
 
-    def _zeros(self) -> dict[Key, Moments]:
+    return [max(layers, key=lambda j, i=i: explained(i, j)) for i, layers in enumerate(candidates)]  # type: ignore[misc]
+
+
+class _Run:
+    """Batches by number, progress, and sums that are saved now and then."""
+
+    def __init__(
+        self, data: PackedSequences, settings: FitSettings, progress: ProgressCallback, folder: Path | None
+    ):
+        if len(data) < 2:
+            raise ValueError("the data has 1 sequence, expected at least 2: one to fit and one to hold out")
+        self.settings, self._data, self._progress, self._folder = settings, data, progress, folder
+        self._size = min(settings.batch_size, len(data) // 2)
+        length = data.rows.shape[1] - 1
+        self.batches = max(2, min(settings.tokens // length, len(data)) // self._size)
+
+    def read(self, sums: Sums, what: str, batches: int | None = None) -> None:
+        """Add so many batches (default: all); every tenth one, and one at least, is held out."""
+        total = self.batches if batches is None else min(batches, self.batches)
+        place = None if self._folder is None else self._folder / what.replace(" ", "-")
+        begin, saved = self._resume(sums, place), time.monotonic()
+        try:
+            for i in range(begin, total):
+                self._progress(i, total, what)
+                batch = self._data.batch(i, self._size, self.settings.seed)[:, :-1]
+                sums.read(batch, held_out=i % HELD_OUT_BATCHES == 1)
+                begin = i + 1
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self._save(sums, place, begin)
+                    saved = time.monotonic()
+        finally:  # an interruption, too: at most the batch under way is lost
+            self._save(sums, place, begin)
+        self._progress(total, total, what)
+
+    def _identity(self, sums: Sums) -> dict[str, object]:
+        places = [[*key, *map(list, targets)] for key, targets in sums.targets.items()]
         return {
-            (j, array): Moments.zeros(self._widths[j][array], max(c.stop for c in columns.values()))
-            for (j, array), columns in self._columns.items()
+            "data": self._data.checksum(),
+            "settings": asdict(self.settings),
+            "targets": json.dumps(places),
         }
 
+    def _save(self, sums: Sums, place: Path | None, done: int) -> None:
+        if place is None:
+            return
+        with new_directory(place, overwrite=True) as directory:
+            np.savez(directory / "sums.npz", **sums.state())  # type: ignore[arg-type]
+            (directory / "config.json").write_text(json.dumps({"batches": done, **self._identity(sums)}))
 
-def _double(array: mx.array) -> np.ndarray:
-    """`[B, L, width]` as `[B * L, width]` in double precision."""
-    return np.array(array.astype(mx.float32)).reshape(-1, array.shape[-1]).astype(np.float64)
+    def _resume(self, sums: Sums, place: Path | None) -> int:
+        if place is None or not place.is_dir():
+            return 0
+        facts = json.loads((place / "config.json").read_text())
+        identity = self._identity(sums)
+        differ = [k for k in identity if facts.get(k) != identity[k]]
+        if differ:
+            raise ValueError(f"{place} holds the sums of a fit with other {' and '.join(differ)}: remove it")
+        with np.load(place / "sums.npz") as state:
+            sums.load(state)
+        return int(facts["batches"])
+
+
+class _Solution:
+    """Ridges chosen on the held-out batches, maps fitted on all."""
+
+    def __init__(self, sums: Sums, ridge: float | None):
+        self.maps: Maps = {}
+        self.variances: dict[tuple[Key, Target], float] = {}
+        self._ridges: dict[tuple[Key, Target], float] = {}
+        self._tokens = sums.tokens
+        for key, places in sums.places.items():
+            on_fitted, whole = Ridge(sums.fitted[key]), sums.whole(key)
+            on_all = Ridge(whole)
+            for target, columns in places.items():
+                fitted, held_out = (s[key].of_targets(columns) for s in (sums.fitted, sums.held_out))
+                tried = (RIDGES if ridge is None else (ridge,)) if fitted.y.size else (0.0,)
+                best = max((held_out.explained_variance(on_fitted.solve(fitted, r)), r) for r in tried)
+                self.variances[key, target], self._ridges[key, target] = best
+                weight, bias = on_all.solve(whole.of_targets(columns), best[1])
+                self.maps[key, target] = mx.array(weight, mx.float32), mx.array(bias, mx.float32)
+
+    def fit(self, predictor: P, layers: int) -> Fit[P]:
+        """What is known of a predictor that was made of the maps."""
+
+        def by_layer(values: dict[tuple[Key, Target], float], own: float) -> dict[str, list[float]]:
+            last = {target: value for (_, target), value in values.items()}  # the greatest depth comes last
+            return {
+                name: [last.get((i, part), own) for i in range(layers)] for part, name in enumerate(PARTS)
+            }
+
+        return Fit(predictor, self._tokens, by_layer(self.variances, 1.0), by_layer(self._ridges, 0.0))

@@ -12,8 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.loop import Settings, Trainer
+from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
+from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.pair.cpu_prefill import on_cpu
 from kvpred_mlx.pair.loading import quantization_config
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -22,7 +23,7 @@ from kvpred_mlx.pair.model import KVPredictionModel
 def joint_trainer(
     pair: KVPredictionModel,
     data: PackedSequences,
-    settings: Settings,
+    settings: TrainingSettings,
     weights: LossWeights | None = None,
     state_folder: Path | None = None,
     *,
@@ -42,7 +43,10 @@ def joint_trainer(
     Raises:
         ValueError: weights to be trained are quantized.
     """
-    trained = {"predictor": pair.predictor} | ({} if freeze_auxiliary else {"auxiliary": pair.auxiliary})
+    trained: dict[str, nn.Module] = {"predictor": pair.predictor}
+    if pair.auxiliary is not None:
+        pair.auxiliary_taps.checkpointed = grad_checkpoint
+        trained |= {} if freeze_auxiliary else {"auxiliary": pair.auxiliary}
     quantized = [name for name, module in trained.items() if quantization_config(module)]
     if quantized:
         hint = ", or --freeze-auxiliary" if quantized == ["auxiliary"] else ""
@@ -54,14 +58,15 @@ def joint_trainer(
     weights = weights or LossWeights()
     loss = KVPredictionLoss(pair, weights)
     identity = {"weights": asdict(weights), "trained": sorted(trained), "source": pair.predictor.source}
-    pair.base_taps.checkpointed = pair.auxiliary_taps.checkpointed = grad_checkpoint
+    pair.base_taps.checkpointed = grad_checkpoint
     return Trainer(pair, loss, data, settings, state_folder, identity=identity, compiled=compiled)
 
 
 @contextmanager
 def restored_types(pair: KVPredictionModel) -> Iterator[None]:
     """Give auxiliary and predictor at the end the types that they have now."""
-    before = [(module, _dtype(module)) for module in (pair.auxiliary, pair.predictor)]
+    modules = [module for module in (pair.auxiliary, pair.predictor) if module is not None]
+    before = [(module, _dtype(module)) for module in modules]
     try:
         yield
     finally:

@@ -75,5 +75,24 @@ def kept_layers(text: str, n_layers: int) -> list[int]:
     return kept
 
 
+def first_layers(text: str, n_layers: int) -> list[int]:
+    """The depths that `first:14`, `first:0.5` or `first:8,0.5` name, of a base with `n_layers` KV layers, ascending.
+
+    Raises:
+        ValueError: it names none, or a depth that leaves no layer to predict.
+    """
+    words = text.removeprefix("first:").split(",")
+    try:
+        depths = sorted({round(float(w) * n_layers) if "." in w else int(w) for w in words})
+    except ValueError:
+        depths = []
+    if not text.startswith("first:") or not depths or depths[0] < 1 or depths[-1] > n_layers - 2:
+        raise ValueError(
+            f"auxiliary layers {text!r}, expected first: and numbers of layers from 1 to {n_layers - 2}, or shares "
+            "such as first:0.5"
+        )
+    return depths
+
+
 def _ascending(numbers: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise(numbers))

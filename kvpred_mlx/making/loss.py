@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.checkpointing import Norms
 from kvpred_mlx.taps.key_norms import KeyNorms
 from kvpred_mlx.taps.kv import KV
@@ -50,7 +51,8 @@ class KVPredictionLoss:
 
     def __init__(self, pair: KVPredictionModel, weights: LossWeights, ignore_index: int | None = None):
         self.weights, self.ignore_index = weights, ignore_index
-        self._base, self._auxiliary, self._source = pair.base_taps, pair.auxiliary_taps, pair.predictor.source
+        self._base, self._source = pair.base_taps, pair.predictor.source
+        self._auxiliary = None if pair.auxiliary is None else pair.auxiliary_taps
         self._norms = KeyNorms(pair.base_taps)
 
     def __call__(self, pair: KVPredictionModel, batch: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
@@ -61,28 +63,50 @@ class KVPredictionLoss:
         self, pair: KVPredictionModel, tokens: mx.array, targets: mx.array
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """The loss for `tokens` and `targets`, both `[B, L]`; the terms are not yet weighted."""
-        features, auxiliary_logits = sources.record(self._source, self._auxiliary, tokens)
-        predicted = pair.predictor(features)
         norms: Norms = {}
-        logits = self._base.inject(predicted, tokens, logits=True, norms=norms)
-        predicted_keys = self._norms.normed(predicted, norms)
         true_keys, true = self._true(tokens)
+        auxiliary_logits: mx.array | None = None
+        if self._auxiliary is None:
+            predicted, logits = self._first_layers(pair, tokens, true, norms)
+        else:
+            features, auxiliary_logits = sources.record(self._source, self._auxiliary, tokens)
+            predicted = pair.predictor(features)
+            logits = self._base.inject(predicted, tokens, logits=True, norms=norms)
+        predicted_keys = self._norms.normed(predicted, norms)
         counted = mx.ones(targets.shape) if self.ignore_index is None else targets != self.ignore_index
         terms = {
             "base": _cross_entropy(logits, targets, counted),
-            "auxiliary": _cross_entropy(auxiliary_logits, targets, counted),
             "keys": _distance(predicted_keys, true_keys, counted),
             "values": _distance([v for _, v in predicted], [v for _, v in true], counted),
         }
-        if self.weights.z:
-            terms["z"] = _z(logits, counted) + _z(auxiliary_logits, counted)
         weights = self.weights
-        loss = (
-            terms["base"]
-            + weights.auxiliary * terms["auxiliary"]
-            + weights.kv * (terms["keys"] + terms["values"])
+        loss = terms["base"] + weights.kv * (terms["keys"] + terms["values"])
+        if auxiliary_logits is not None:
+            terms["auxiliary"] = _cross_entropy(auxiliary_logits, targets, counted)
+            loss = loss + weights.auxiliary * terms["auxiliary"]
+        if weights.z:
+            read = [logits] if auxiliary_logits is None else [logits, auxiliary_logits]
+            terms["z"] = mx.stack([_z(one, counted) for one in read]).sum()
+            loss = loss + weights.z * terms["z"]
+        return loss, terms
+
+    def _first_layers(
+        self, pair: KVPredictionModel, tokens: mx.array, true: list[KV], norms: Norms
+    ) -> tuple[list[KV], mx.array]:
+        """Keys and values of all layers as the greatest depth predicts them, and the logits over them."""
+        assert isinstance(pair.predictor, FirstLayersPredictor)
+        depth, maps, behind = (
+            pair.predictor.depths[-1],
+            pair.predictor.behind(pair.predictor.depths[-1]),
+            list[KV](),
         )
-        return loss + weights.z * terms["z"] if weights.z else loss, terms
+
+        def predict(x: mx.array) -> list[KV]:
+            behind[:] = maps(x)
+            return behind
+
+        logits = self._base.inject_after(depth, predict, tokens, logits=True, norms=norms)
+        return [*true[: depth + 1], *behind], logits
 
     def _true(self, tokens: mx.array) -> tuple[list[mx.array], list[KV]]:
         norms: Norms = {}

@@ -58,8 +58,8 @@ class Moments:
     def squared_errors(self, fitted: LinearMap) -> np.ndarray:
         """The sum of squared errors of `fitted` over these samples, for each target `[b]`."""
         w, b = fitted
-        quadratic = np.einsum("ba,ac,bc->b", w, self.xx, w, optimize=True)
-        cross = np.einsum("ba,ab->b", w, self.xy, optimize=True)
+        quadratic = np.einsum("ba,ba->b", w @ self.xx, w)
+        cross = np.einsum("ba,ab->b", w, self.xy)
         return self.yy - 2 * cross - 2 * b * self.y + quadratic + 2 * b * (w @ self.x) + self.n * b * b
 
     def explained_variance(self, fitted: LinearMap) -> float:

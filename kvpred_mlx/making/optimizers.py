@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
-if TYPE_CHECKING:
-    from kvpred_mlx.making.loop import Settings
+from kvpred_mlx.making.settings import TrainingSettings
 
 LEARNING_RATES = {"adamw": 3e-4, "muon": 3e-3}  # to begin with, by name of the optimizer
 MUON_REST = 0.1  # AdamW's share of the learning rate where Muon takes the matrices
 
 
-def make_optimizer(settings: Settings) -> optimizers.Optimizer:
+def make_optimizer(settings: TrainingSettings) -> optimizers.Optimizer:
     """The optimizer of the settings' name.
 
     `adamw` is the paper's: betas (0.9, 0.95), eps 1e-8, no weight decay on norms and biases.  `muon` trains the layers'
@@ -35,7 +33,7 @@ def make_optimizer(settings: Settings) -> optimizers.Optimizer:
     raise ValueError(f"optimizer {settings.optimizer!r}, expected {' or '.join(LEARNING_RATES)}")
 
 
-def schedule(settings: Settings, peak: float | None = None) -> Callable[[mx.array], mx.array]:
+def schedule(settings: TrainingSettings, peak: float | None = None) -> Callable[[mx.array], mx.array]:
     """The learning rate by step: linear warm-up, then a cosine; `peak` in place of the settings' learning rate."""
     peak = settings.learning_rate if peak is None else peak
     warmup = min(settings.warmup, settings.iters - 1)
@@ -59,5 +57,5 @@ def _is_layers_matrix(path: str, array: mx.array) -> bool:
     return array.ndim == 2 and any(part.isdigit() for part in path.split("."))
 
 
-def _adamw(settings: Settings, peak: float, weight_decay: float) -> optimizers.Optimizer:
+def _adamw(settings: TrainingSettings, peak: float, weight_decay: float) -> optimizers.Optimizer:
     return optimizers.AdamW(schedule(settings, peak), [0.9, 0.95], 1e-8, weight_decay, bias_correction=True)

@@ -15,10 +15,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from kvpred_mlx.errors import UnsupportedModelError, one_line
 from kvpred_mlx.pair.loading import TOKENIZER_FILES, find_pair
 from kvpred_mlx.pair.model import MIN_PROMPT_TOKENS, KVPredictionModel, ModelArgs, build_model
-from kvpred_mlx.pair.predictor import Predictor
+from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
-SAMPLE = "def naïve(x): return x[1:]  # 3.14 + 2718 → “quoted”, 日本語, \t\n\nOnce upon a time, there were 12,345 words."
+SAMPLE = (
+    "def naïve(x): return x[1:]  # 3.14 + 2718 → “quoted”, 日本語, \t\n\n"
+    "Once upon a time, there were 12,345 words."
+)
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,7 @@ def join(
     min_prompt_tokens: int = MIN_PROMPT_TOKENS,
 ) -> KVPredictionModel:
     """A pair that is saved with the two models' own configs."""
-    pair = KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens)
-    pair.args = ModelArgs(
+    args = ModelArgs(
         "kvpred",
         base.config,
         auxiliary.config,
@@ -139,6 +141,22 @@ def join(
         min_prompt_tokens,
         predictor.source,
     )
+    return KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens, args=args)
+
+
+def join_first_layers(
+    base: LoadedModel, predictor: FirstLayersPredictor, min_prompt_tokens: int = MIN_PROMPT_TOKENS
+) -> KVPredictionModel:
+    """A pair that reads with its base's first layers, saved with the base's own config.
+
+    Raises:
+        UnsupportedModelError: the base's first layers do not stand alone (`FirstLayersReader.check`).
+    """
+    depths = list(predictor.depths)
+    args = ModelArgs("kvpred", base.config, min_prompt_tokens=min_prompt_tokens, first_layers=depths)
+    pair = KVPredictionModel(base.model, None, predictor, min_prompt_tokens, args=args)
+    if pair.first_layers_reader is not None:
+        pair.first_layers_reader.check()
     return pair
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,78 +11,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.making.estimates import Estimate, Resampling
+from kvpred_mlx.making.explained_variance import ExplainedVariance
+from kvpred_mlx.making.windows import Windows
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
+from kvpred_mlx.progress import ProgressCallback, no_progress
+from kvpred_mlx.taps.kv import KV
 
 # From a prompt's tokens [B, P] to a model and a cache that holds all of them but the last.
 Prefill = Callable[[mx.array], tuple[nn.Module, list[Any]]]
 METRICS = ("cross_entropy", "cross_entropy_per_byte", "top1_accuracy", "agreement", "first_token_agreement")
 SCORE_TOKENS = 64
-RESAMPLES = 2000
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Prompts of real text and the real text that follows.
-
-    Args:
-        prompts: `[W, P]` token ids.
-        continuations: `[W, N]` token ids.
-        documents: `[W]`, which document each window is from.
-        bytes: `[W]`, UTF-8 bytes of the continuations' text; nan without a tokenizer.
-    """
-
-    prompts: np.ndarray
-    continuations: np.ndarray
-    documents: np.ndarray
-    bytes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-
-def cut_windows(
-    documents: Sequence[Sequence[int]],
-    prompt_tokens: int,
-    score_tokens: int,
-    tokenizer: Any = None,
-    most: int = 160,
-    per_document: int = 4,
-) -> Windows:
-    """Cut windows of `prompt_tokens` + `score_tokens` from documents, spread evenly over each.
-
-    Raises:
-        ValueError: no document is long enough.
-    """
-    size = prompt_tokens + score_tokens
-    found: list[tuple[int, Sequence[int]]] = []
-    for d, ids in enumerate(documents):
-        count = min(per_document, len(ids) // size)
-        starts = np.linspace(0, len(ids) - size, count).astype(int) if count > 1 else range(count)
-        found += [(d, ids[s : s + size]) for s in starts]
-    if not found:
-        longest = max(map(len, documents), default=0)
-        raise ValueError(
-            f"the longest of {len(documents)} documents has {longest} tokens, expected at least {size}: "
-            f"{prompt_tokens} of prompt and {score_tokens} to score"
-        )
-    chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
-    rows = np.array([ids for _, ids in chosen])
-    texts = [
-        len(tokenizer.decode(row[prompt_tokens:].tolist()).encode()) if tokenizer else np.nan for row in rows
-    ]
-    return Windows(
-        rows[:, :prompt_tokens], rows[:, prompt_tokens:], np.array([d for d, _ in chosen]), np.array(texts)
-    )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over documents with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +49,8 @@ class Quality:
 
 
 def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
-    """The base with an exact cache, with a predicted one, the auxiliary alone, and the base without the prompt."""
+    """The base with an exact cache, with a predicted one, the auxiliary alone if there is one, and the base
+    without the prompt."""
 
     def predicted(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         cache = pair.make_cache()
@@ -119,12 +60,8 @@ def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
     def without(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         return pair.base, make_prompt_cache(pair.base)
 
-    return {
-        "exact": prefill_of(pair.base),
-        "predicted": predicted,
-        "auxiliary": prefill_of(pair.auxiliary),
-        "no prompt": without,
-    }
+    alone = {} if pair.auxiliary is None else {"auxiliary": prefill_of(pair.auxiliary)}
+    return {"exact": prefill_of(pair.base), "predicted": predicted, **alone, "no prompt": without}
 
 
 def prefill_of(model: nn.Module) -> Prefill:
@@ -146,44 +83,58 @@ def measure(
     over: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = no_progress,
 ) -> Quality:
     """Score the continuations after every mode's prompt cache.
 
     Args:
-        modes: `exact` and `no prompt` must be among them (default: `modes_of(pair)`).
+        modes: `exact` (the base's own prefill, whose pass tells explained variances too) and `no prompt` must be among
+            them (default: `modes_of(pair)`).
         over: the mode that `gains` are over.
         progress: called with the number of windows done and their total.
     """
     modes = modes_of(pair) if modes is None else modes
+    others = {name: prefill for name, prefill in modes.items() if name != "exact"}
     scores: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in modes}
-    variance = _Variance(pair)
+    variance = ExplainedVariance(pair)
     for start in range(0, len(windows), batch_size):
         chosen = slice(start, start + batch_size)
         prompts, continuations = mx.array(windows.prompts[chosen]), mx.array(windows.continuations[chosen])
-        exact: np.ndarray | None = None
-        for name in sorted(modes, key=lambda name: name != "exact"):
-            guesses, losses = _score(modes[name], prompts, continuations)
-            exact = guesses if exact is None else exact
+        cache, true, predicted = _exact(pair, prompts[:, :-1])
+        exact, losses = _score(pair.base, cache, prompts, continuations)
+        variance.add(true, predicted)
+        scores["exact"].append(_metrics(exact, losses, exact, windows, chosen))
+        for name, prefill in others.items():
+            guesses, losses = _score(*prefill(prompts), prompts, continuations)
             scores[name].append(_metrics(guesses, losses, exact, windows, chosen))
-        variance.add(prompts[:, :-1])
         progress(min(start + batch_size, len(windows)), len(windows))
-    found = {
-        name: {m: np.concatenate([b[m] for b in batches]) for m in METRICS}
+    resampling = Resampling(windows.documents, seed)
+    means = {
+        name: {m: resampling.means(np.concatenate([b[m] for b in batches])) for m in METRICS}
         for name, batches in scores.items()
     }
-    draws = _draws(found, windows.documents, seed)
+    _add_retention(means)
+    gains = {} if over is None else _less(means, means[over])
     return Quality(
         windows.prompts.shape[1], windows.continuations.shape[1], len(windows), len(set(windows.documents)),
-        {mode: _estimates(metrics) for mode, metrics in draws.items()}, variance.explained(),
-        {mode: _estimates({m: v - draws[over][m] for m, v in metrics.items()}) for mode, metrics in draws.items()}
-        if over else {},
+        _estimates(means), variance.explained(), _estimates(gains),
     )  # fmt: skip
 
 
-def _score(prefill: Prefill, prompts: mx.array, continuations: mx.array) -> tuple[np.ndarray, np.ndarray]:
+def _exact(pair: KVPredictionModel, tokens: mx.array) -> tuple[list[Any], list[KV], list[KV]]:
+    """The exact cache of `tokens` [B, L], true raw keys and values of the same pass, and the predicted ones."""
+    cache, inputs = make_prompt_cache(pair.base), list[mx.array]()
+    true, _ = pair.base_taps.record(tokens, cache, inputs=inputs)
+    if isinstance(pair.predictor, FirstLayersPredictor):
+        depth = pair.predictor.depths[-1]
+        return cache, true, [*true[: depth + 1], *pair.predictor.behind(depth)(inputs[depth])]
+    return cache, true, pair.predict(tokens)
+
+
+def _score(
+    model: nn.Module, cache: list[Any], prompts: mx.array, continuations: mx.array
+) -> tuple[np.ndarray, np.ndarray]:
     """Most likely tokens and losses at every scored position, `[B, N]` each."""
-    model, cache = prefill(prompts)
     logits = model(mx.concatenate([prompts[:, -1:], continuations[:, :-1]], axis=1), cache=cache)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), continuations)
     return np.array(mx.argmax(logits, axis=-1)), np.array(losses)
@@ -203,66 +154,18 @@ def _metrics(
     return dict(zip(METRICS, values, strict=True))
 
 
-def _draws(
-    scores: dict[str, dict[str, np.ndarray]], documents: np.ndarray, seed: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """Means over documents, and retention: of the sample itself, then with the documents resampled."""
-    names, group = np.unique(documents, return_inverse=True)
-    weights = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), RESAMPLES)
-    draws = np.vstack([np.ones(len(names), int), weights])
-
-    def resampled(values: np.ndarray) -> np.ndarray:
-        by_document = np.bincount(group, values) / np.bincount(group)
-        return draws @ by_document / len(names)
-
-    means = {mode: {m: resampled(v) for m, v in metrics.items()} for mode, metrics in scores.items()}
+def _add_retention(means: dict[str, dict[str, np.ndarray]]) -> None:
+    """How much of what the prompt gives in cross-entropy each mode keeps."""
     nothing, exact = (means[name]["cross_entropy"] for name in ("no prompt", "exact"))
     for metrics in means.values():
         metrics["retention"] = (nothing - metrics["cross_entropy"]) / (nothing - exact)
-    return means
 
 
-def _estimates(draws: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    ends = {metric: np.quantile(d[1:], (0.025, 0.975)) for metric, d in draws.items()}
-    return {metric: Estimate(float(d[0]), *map(float, ends[metric])) for metric, d in draws.items()}
+def _less(
+    means: dict[str, dict[str, np.ndarray]], other: dict[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    return {mode: {m: v - other[m] for m, v in metrics.items()} for mode, metrics in means.items()}
 
 
-class _Variance:
-    """Sums for the explained variance of predicted keys and values, layer by layer."""
-
-    def __init__(self, pair: KVPredictionModel):
-        self._pair, self._count = pair, 0
-        self._sums = [[_Deviation(width) for width in widths] for widths in pair.base_taps.widths]
-
-    def add(self, tokens: mx.array) -> None:
-        true, _ = self._pair.base_taps.record(tokens)
-        predicted = self._pair.predictor(self._pair.auxiliary_features(tokens))
-        for sums, *layer in zip(self._sums, predicted, true, strict=True):
-            for deviation, p, t in zip(sums, *layer, strict=True):
-                deviation.add(p, t)
-        self._count += tokens.size
-
-    def explained(self) -> dict[str, list[float]]:
-        """1 - squared errors / squared deviations from the mean; 0 where a layer has no values of its own."""
-        parts = zip(*self._sums, strict=True)
-        return {
-            name: [d.explained(self._count) for d in part]
-            for name, part in zip(("keys", "values"), parts, strict=True)
-        }
-
-
-class _Deviation:
-    def __init__(self, width: int):
-        self._errors, self._sum, self._squares = 0.0, np.zeros(width), 0.0
-
-    def add(self, predicted: mx.array, true: mx.array) -> None:
-        p, t = (
-            np.array(a.astype(mx.float32)).reshape(-1, a.shape[-1]).astype(float) for a in (predicted, true)
-        )
-        self._errors += float(((p - t) ** 2).sum())
-        self._sum += t.sum(0)
-        self._squares += float((t * t).sum())
-
-    def explained(self, count: int) -> float:
-        total = self._squares - float((self._sum**2).sum()) / count
-        return 1 - self._errors / total if total > 0 else 0.0
+def _estimates(means: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Estimate]]:
+    return {mode: {m: Estimate.of(v) for m, v in metrics.items()} for mode, metrics in means.items()}

@@ -1,4 +1,4 @@
-"""The auxiliary model's entry in a pair's prompt cache: its own caches and a log of the token ids."""
+"""A pair's own entry in its prompt cache: a log of the token ids, and the auxiliary's caches."""
 
 from __future__ import annotations
 
@@ -18,25 +18,42 @@ from mlx_lm.models.cache import (
 
 
 class AuxiliaryCache(CacheList):
-    """What the auxiliary has read of a conversation, and the tokens that it has not read yet.
+    """What has been read of a conversation: a log of its tokens, and the auxiliary's own caches, if there is one.
 
-    The base decodes alone, so after each answer the auxiliary lags behind.  Every token that the base has
-    in its cache is logged here; before the next prompt is predicted the auxiliary catches up on the log.
-    Trimming counts in tokens of the log: mlx-lm trims all entries of a prompt cache by the same count.
+    The base decodes alone, so after each answer the auxiliary lags behind.  Every token that the base has in its cache
+    is logged here; before the next prompt is predicted the auxiliary catches up on the log.  Trimming counts in tokens
+    of the log: mlx-lm trims all entries of a prompt cache by the same count.
 
-    The log is an mlx-lm `KVCache` whose "keys" are token ids, `[B, 1, tokens, 1]`: batching, padding,
-    rolling and saving are then mlx-lm's own.
+    The entry also knows where in a prompt it is, because a call does not say what it is for.  Its methods alone change
+    that:
+
+    .. code-block:: text
+
+                        announce                 read_on
+              +--------------------> announced ----------+
+              |                                          v
+           closed --------------- read_on ------------> open --+ read_on: the next chunk
+              ^                                          | ^---+
+              +--- decoded, repaired, end_prompt, trim --+
+
+    *closed*: a short call is a prompt of its own, or an answer's token; *announced*: the prompt's length is known, so
+    that shares of it can be told; *open*: short calls continue the prompt.  A short call that is read while open is
+    *provisional*: it may be a prompt's end, or a speculative decoder's draft.  Decoding after it settles that it was an
+    end; winding back (`trim`) that it was a draft, and what is left of it is `to_redo`.
+
+    The log is an mlx-lm `KVCache` whose "keys" are token ids, `[B, 1, tokens, 1]`: batching, padding, rolling and
+    saving are then mlx-lm's own.
 
     Args:
-        caches: the auxiliary's caches, as `make_prompt_cache` gives them.
+        caches: the auxiliary's caches, as `make_prompt_cache` gives them; none without an auxiliary.
     """
 
     # Class attributes, because mlx-lm restores saved caches without calling `__init__`.
-    prompt_open = False  #: a predicted prompt is under way: short calls may continue it
-    caught_up = False  #: the last call was predicted: the auxiliary has read all there is
-    announced: tuple[int, int] | None = None  #: tokens done and in all, of a prompt of known length
-    exact_tokens = 0  #: so many tokens at the beginning are known to have exact base entries
-    provisional = 0  #: tokens of the last call, if it was too short to tell a prompt's end from a draft
+    _open = False
+    _caught_up = False  # the last call was predicted: the auxiliary has read all there is
+    _announced: tuple[int, int] | None = None
+    _exact_tokens = 0
+    _provisional = 0
     _lengths: list[int] | None = None  # tokens still to come in each row of a right-padded batch
 
     def __init__(self, *caches: Any):
@@ -52,48 +69,88 @@ class AuxiliaryCache(CacheList):
         """The token log."""
         return self.caches[-1]
 
-    def close_prompt(self) -> None:
-        """What follows is not a continuation of the last prompt."""
-        self.prompt_open = self.caught_up = False
-        self.announced = None
+    @property
+    def prompt_open(self) -> bool:
+        """A predicted prompt is under way: short calls continue it."""
+        return self._open
 
-    def read_on(self, tokens: int, *, all_read: bool, provisional: bool) -> None:
-        """A call with `tokens` tokens of a prompt is done; the auxiliary has read all of them, or not yet."""
-        self.prompt_open, self.caught_up = True, all_read
-        self.provisional = tokens if provisional else 0
-        done, total = self.announced or (0, 0)
-        self.announced = (done + tokens, total) if done + tokens < total else None
+    @property
+    def announced(self) -> tuple[int, int] | None:
+        """Tokens done and in all, of a prompt of known length."""
+        return self._announced
+
+    @property
+    def exact_tokens(self) -> int:
+        """So many tokens at the beginning are known to have exact base entries."""
+        return self._exact_tokens
+
+    @property
+    def to_redo(self) -> int:
+        """Tokens at the end whose entries were predicted for a call that was a draft's."""
+        return 0 if self._caught_up else self._provisional
+
+    def announce(self, tokens: int) -> None:
+        """A prompt of `tokens` tokens begins, whatever pieces it comes in."""
+        self._open, self._announced = True, (0, tokens)
+
+    def read_on(self, tokens: mx.array, *, all_read: bool = True, provisional: bool = False) -> None:
+        """Log a call with `tokens` [B, L] of a prompt.
+
+        Args:
+            all_read: the auxiliary has read all of them.
+            provisional: the call was too short to tell a prompt's end from a draft.
+        """
+        n = tokens.shape[1]
+        self._append(tokens)
+        if self._lengths is not None:
+            self._lengths = [max(0, left - n) for left in self._lengths]
+        self._open, self._caught_up = True, all_read
+        self._provisional = n if provisional else 0
+        done, total = self._announced or (0, 0)
+        self._announced = (done + n, total) if done + n < total else None
+
+    def decoded(self, tokens: mx.array) -> mx.array:
+        """Log `tokens` [B, L] that the base computed itself; returns the log's ids.
+
+        With nothing predicted before them their entries are exact.  The ids are to be evaluated with the step that they
+        belong to, else the log becomes one long graph.
+        """
+        all_exact = self._exact_tokens == self.size()
+        self.end_prompt()
+        logged = self._append(tokens)
+        if all_exact:
+            self._exact_tokens = self.size()
+        return logged
+
+    def repaired(self) -> None:
+        """All logged tokens have exact entries now."""
+        self._exact_tokens = self.size()
+
+    def end_prompt(self) -> None:
+        """What follows is decoding for certain: a short last chunk was a prompt's, and stays predicted."""
+        self._close()
+        self._provisional = 0
+
+    def read_again(self, caches: Sequence[Any]) -> None:
+        """Give the auxiliary other caches, empty ones: it will read the whole log again."""
+        self.caches = [*caches, self.log]
+        self._caught_up = False
 
     def lengths(self, n: int) -> list[int] | None:
         """How many of the next `n` columns are tokens in each row of a right-padded batch (None: not padded)."""
         return None if self._lengths is None else [min(n, left) for left in self._lengths]
 
-    def end_prompt(self) -> None:
-        """What follows is decoding for certain: a short last chunk was a prompt's, and stays predicted."""
-        self.close_prompt()
-        self.provisional = 0
-
     def unread(self) -> mx.array:
         """The logged tokens that the auxiliary has not read, [1, lag], of a cache of one row."""
         return self.tail(max(0, self.lags()[0]))
 
-    def read_again(self, caches: Sequence[Any]) -> None:
-        """Give the auxiliary other caches, empty ones: it will read the whole log again."""
-        self.caches = [*caches, self.log]
-        self.caught_up = False
+    def _close(self) -> None:
+        self._open = self._caught_up = False
+        self._announced = None
 
-    def append(self, tokens: mx.array, *, exact: bool = False) -> mx.array:
-        """Log `tokens` [B, L]; returns the log's ids, to be evaluated with the step that they belong to.
-
-        Args:
-            exact: the base computes them itself: with nothing predicted before them their entries are exact.
-        """
-        all_exact = exact and self.exact_tokens == self.size()
+    def _append(self, tokens: mx.array) -> mx.array:
         ids = tokens.astype(mx.int32)[:, None, :, None]
-        logged = self.log.update_and_fetch(ids, ids)[0]
-        if all_exact:
-            self.exact_tokens = self.size()
-        return logged
+        return self.log.update_and_fetch(ids, ids)[0]
 
     def tail(self, n: int) -> mx.array:
         """The last `n` logged tokens, [B, n]."""
@@ -105,19 +162,21 @@ class AuxiliaryCache(CacheList):
 
     def lags(self) -> list[int]:
         """How many logged tokens the auxiliary has not read, for each row of the batch."""
-        if self.caught_up:  # a padded prompt's offsets are only put right at its end
+        if self._caught_up or not self.auxiliary:  # a padded prompt's offsets are only put right at its end
             return [0]
         log, read = self.log.offset, self.auxiliary[0].offset
         return [log - read] if isinstance(log, int) else (log - read).tolist()
 
-    def catch_up(self, tokens: mx.array) -> Reading:
+    def catch_up(self, tokens: mx.array) -> CatchUp:
         """What the auxiliary has to read for `tokens` [B, L], the unread log first."""
-        lags, lengths = self.lags(), self._advance(tokens.shape[1])
+        lags, lengths = self.lags(), self.lengths(tokens.shape[1])
+        if lengths is not None and min(lengths) == tokens.shape[1]:
+            lengths = None
         if len(set(lags)) == 1:
             lag = lags[0]
             unread = mx.concatenate([self.tail(lag).astype(tokens.dtype), tokens], axis=1) if lag else tokens
             ends = None if lengths is None else [lag + n for n in lengths]
-            return Reading(unread, ends, lag)
+            return CatchUp(unread, ends, lag)
         logged: Any = self.tail(self.log.size()).tolist()
         given: Any = tokens.tolist()
         lengths = lengths or [tokens.shape[1]] * len(lags)
@@ -127,15 +186,7 @@ class AuxiliaryCache(CacheList):
         ]
         ends = [len(row) for row in rows]
         padded = [row + [0] * (max(ends) - len(row)) for row in rows]
-        return Reading(mx.array(padded), ends, lags)
-
-    def _advance(self, n: int) -> list[int] | None:
-        """How many of the next `n` columns are tokens, not padding, in each row (None: all)."""
-        lengths = self.lengths(n)
-        if self._lengths is None or lengths is None:
-            return None
-        self._lengths = [left - taken for left, taken in zip(self._lengths, lengths, strict=True)]
-        return lengths if min(lengths) < n else None
+        return CatchUp(mx.array(padded), ends, lags)
 
     # mlx-lm's cache protocol
 
@@ -153,7 +204,7 @@ class AuxiliaryCache(CacheList):
             self._lengths = list(lengths or [])
 
     def finalize(self) -> None:
-        self.log.finalize()  # the auxiliary's own caches are finalized call by call (see Reading)
+        self.log.finalize()  # the auxiliary's own caches are finalized call by call (see CatchUp)
         self._lengths = None
 
     def is_trimmable(self) -> bool:
@@ -161,9 +212,9 @@ class AuxiliaryCache(CacheList):
 
     def trim(self, n: int) -> int:
         n = self.log.trim(n)
-        self.close_prompt()
-        self.provisional = max(0, self.provisional - n)
-        self.exact_tokens = min(self.exact_tokens, self.log.size())
+        self._close()
+        self._provisional = max(0, self._provisional - n)
+        self._exact_tokens = min(self._exact_tokens, self.log.size())
         ahead = -min(self.lags())
         if ahead > 0:
             fits = all(c.is_trimmable() and c.size() >= ahead for c in self.auxiliary)
@@ -176,8 +227,8 @@ class AuxiliaryCache(CacheList):
 
     def extend(self, other: AuxiliaryCache) -> None:
         super().extend(other)
-        self.prompt_open &= other.prompt_open
-        self.caught_up &= other.caught_up
+        self._open &= other._open
+        self._caught_up &= other._caught_up
 
     def extract(self, idx: int) -> AuxiliaryCache:
         # mlx-lm cannot extract a row of a cache that is still empty.
@@ -195,7 +246,7 @@ class AuxiliaryCache(CacheList):
         return self.log.empty()
 
 
-class Reading:
+class CatchUp:
     """Tokens for the auxiliary to read, and where the predicted positions lie among them.
 
     Args:

@@ -17,6 +17,7 @@ from kvpred_mlx.pair.loading import (
     quantization_config,
     read_config,
 )
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -26,10 +27,13 @@ def describe(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: as `load_model`.
     """
     model, config = load_model(path, lazy=True), read_config(path)
+    modules = {"base": model.base, "auxiliary": model.auxiliary}
     roles: dict[str, Any] = {
-        role: _part(module) | {"model_type": config[role]["model_type"], "layers": len(module.layers)}
-        for role, module in (("base", model.base), ("auxiliary", model.auxiliary))
+        role: module
+        and _part(module) | {"model_type": config[role]["model_type"], "layers": len(module.layers)}
+        for role, module in modules.items()
     }
+    depths = model.predictor.depths if isinstance(model.predictor, FirstLayersPredictor) else None
     return {
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
@@ -37,6 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
         "predictor": _part(model.predictor),
         "layer_map": list(model.predictor.layer_map),
         "source": model.predictor.source,
+        "first_layers": depths and list(depths),
         "min_prompt_tokens": model.min_prompt_tokens,
         "exact_positions": model.exact_positions.as_dict() if model.exact_positions else None,
         "context_length": context_length(config),

@@ -17,8 +17,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from kvpred_mlx.errors import one_line
 from kvpred_mlx.files import new_directory
 from kvpred_mlx.pair.model import KVPredictionModel, Model, ModelArgs
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 DEMO_PAIR = Path(__file__).parents[1] / "pycode"
+BUNDLED = {DEMO_PAIR.name: DEMO_PAIR}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -102,14 +104,16 @@ def save(
 
 def pair_config(model: KVPredictionModel) -> dict[str, Any]:
     """The `config.json` of a pair (see `ModelArgs`), with the quantization that its modules have."""
-    config: dict[str, Any] = {
-        "model_type": "kvpred",
-        "base": _model_config(model.base, getattr(model, "args", None), "base"),
-        "auxiliary": _model_config(model.auxiliary, getattr(model, "args", None), "auxiliary"),
-        "layer_map": list(model.predictor.layer_map),
-        "source": model.predictor.source,
-        "min_prompt_tokens": model.min_prompt_tokens,
-    }
+    config: dict[str, Any] = {"model_type": "kvpred", "base": _model_config(model.base, model.args, "base")}
+    if isinstance(model.predictor, FirstLayersPredictor):
+        config["first_layers"] = list(model.predictor.depths)
+    else:
+        config |= {
+            "auxiliary": _model_config(model.auxiliary, model.args, "auxiliary"),
+            "layer_map": list(model.predictor.layer_map),
+            "source": model.predictor.source,
+        }
+    config["min_prompt_tokens"] = model.min_prompt_tokens
     if model.exact_positions:
         config["exact_positions"] = model.exact_positions.as_dict()
     return config | quantization_config(model)
@@ -128,7 +132,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 
 
 def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a pair, fetched from the Hugging Face hub if it is a repository's name.
+    """The local directory of a pair: a directory, a bundled pair's name, or a Hugging Face repository, fetched.
 
     Raises:
         FileNotFoundError: neither a directory nor a repository that could be fetched.
@@ -137,6 +141,10 @@ def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         return path
     name = str(path_or_hf_repo)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    if "/" not in name:
+        raise FileNotFoundError(f"{name}: no such directory, and not a bundled pair ({', '.join(BUNDLED)})")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name}: no such directory")
     try:
@@ -180,7 +188,7 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _model_config(model: nn.Module, pair_args: Any, role: str) -> dict[str, Any]:
-    if isinstance(pair_args, ModelArgs):
+def _model_config(model: Any, pair_args: ModelArgs | None, role: str) -> dict[str, Any]:
+    if pair_args is not None:
         return dict(getattr(pair_args, role))
     return dataclasses.asdict(model.args)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvpred_mlx.dial.positions import ExactPositions
+from kvpred_mlx.dial.positions import ExactPositions, parse_depth
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 if TYPE_CHECKING:
     from kvpred_mlx.pair.model import KVPredictionModel
 
-# The fields of `ExactPositions`; as flags `--exact-last`, in requests `exact_last`.
-_DIAL = ("first", "last", "top")
+# The fields of `ExactPositions` by their names in modes; as flags `--exact-last`, in requests `exact_last`.
+_DIAL = {"exact-first": "first", "exact-last": "last", "exact-top": "top", "depth": "depth"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Mode:
     def parse(cls, name: str) -> Mode:
         """The mode called `name`: exact, predicted, or settings of the dial such as exact-last=32+exact-top=0.1.
 
+        Depths are named as in `parse_depth`, with / in the place of commas: depth=8:0.6/14:0.9.
+
         Raises:
             ValueError: naming what is not known, or out of range.
         """
@@ -45,26 +48,30 @@ class Mode:
         given = {}
         for part in name.split("+"):
             field, _, value = part.partition("=")
-            if not field.startswith("exact-") or field.removeprefix("exact-") not in _DIAL:
+            if field not in _DIAL:
                 raise ValueError(
-                    f"mode {part!r}, expected exact, predicted, or a dial such as exact-last=32 or exact-top=0.1"
+                    f"mode {part!r}, expected exact, predicted, or a dial: exact-last=32, exact-top=0.1, depth=14"
                 )
-            given[field.removeprefix("exact-")] = _number(part, value)
+            given[_DIAL[field]] = parse_depth(value) if field == "depth" else _number(part, value)
         return cls(positions=_positions(given))
 
     def override(self, given: Any) -> Mode:
-        """This mode with what a request asks for: `exact`, `exact_first`, `exact_last`, `exact_top`.
+        """This mode with what a request asks for: `exact`, `exact_first`, `exact_last`, `exact_top`,
+        `depth` (as in `parse_depth`, or pairs).
 
         Raises:
             ValueError: naming what is not known, of the wrong type, or out of range.
         """
-        names = ["exact", *(f"exact_{field}" for field in _DIAL)]
+        fields = {name.replace("-", "_"): field for name, field in _DIAL.items()}
+        names = ["exact", *fields]
         if not isinstance(given, dict) or not given.keys() <= set(names):
             raise ValueError(f"kvpred is {given!r}, expected an object with {', '.join(names)}")
         exact = given.get("exact", self.exact and len(given) == 0)
         if type(exact) is not bool:
             raise ValueError(f"kvpred.exact is {exact!r}, expected true or false")
-        dial = {name.removeprefix("exact_"): value for name, value in given.items() if name != "exact"}
+        dial = {fields[name]: value for name, value in given.items() if name != "exact"}
+        if isinstance(text := dial.get("depth"), str):
+            dial["depth"] = parse_depth(text)
         if exact and dial:
             raise ValueError(
                 f"kvpred.exact is true, so {' and '.join(given.keys() - {'exact'})} cannot apply"
@@ -78,10 +85,17 @@ class Mode:
 
         Raises:
             UnsupportedModelError: its families cannot choose or compute the top positions.
+            ValueError: it has no maps for a depth.
         """
         if self.positions and self.positions.top:
             pair.rows.check()
             pair.importance.check()
+        for depth, _ in self.positions.depth if self.positions else ():
+            if not isinstance(pair.predictor, FirstLayersPredictor):
+                raise ValueError(
+                    f"depth {depth}, but the pair reads with an auxiliary, not with its base's layers"
+                )
+            pair.predictor.check_depth(depth)
 
     def apply(self, pair: KVPredictionModel) -> None:
         """Put `pair` in this mode; the one place where a mode becomes attributes of a pair."""
@@ -101,10 +115,12 @@ class Mode:
     def __str__(self) -> str:
         if self.exact or not self.positions:
             return "exact" if self.exact else "predicted"
-        return "+".join(f"exact-{field}={value}" for field, value in self._dial().items() if value)
+        values = {name: getattr(self.positions, field) for name, field in _DIAL.items()}
+        values["depth"] = "/".join(f"{layers}:{end:g}" for layers, end in self.positions.depth)
+        return "+".join(f"{name}={value}" for name, value in values.items() if value)
 
     def _dial(self) -> dict[str, Any]:
-        return {field: getattr(self.positions, field) for field in _DIAL} if self.positions else {}
+        return {field: getattr(self.positions, field) for field in _DIAL.values()} if self.positions else {}
 
 
 def _positions(fields: dict[str, Any]) -> ExactPositions | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -36,8 +36,8 @@ class Predictor(nn.Module):
         source: what is read of the auxiliary, one of `kvpred_mlx.pair.sources.SOURCES`.
 
     Raises:
-        ValueError: if there is no such source, the map's length is not the base's number of KV layers, an entry is not an
-            auxiliary layer, or values would be predicted from a layer that has none.
+        ValueError: if there is no such source, the map's length is not the base's number of KV layers, an entry is not
+            an auxiliary layer, or values would be predicted from a layer that has none.
     """
 
     def __init__(
@@ -87,6 +87,56 @@ class Predictor(nn.Module):
 
     def _extra_repr(self) -> str:
         return f"layer_map={list(self.layer_map)}, source={self.source}"
+
+
+class FirstLayersPredictor(nn.Module):
+    """Predicts the base's later layers from what one of its own earlier layers reads.
+
+    For each depth k one `Predictor`, `first_k`: from what the projections of KV layer k read, `[B, L, D]`, to raw keys
+    and values of the layers k + 1, k + 2, ...  Layers up to k need none: the base computes them itself.
+
+    Args:
+        depths: how many layers are run, ascending; the deepest is what a pair uses unless its dial says otherwise.
+        input_widths, base_widths: of the base (`KVTaps.input_widths`, `KVTaps.widths`).
+
+    Raises:
+        ValueError: a depth leaves no layer to predict, or the depths do not ascend.
+    """
+
+    source = "first-layers"
+
+    def __init__(self, depths: Sequence[int], input_widths: Sequence[int], base_widths: Widths):
+        super().__init__()
+        n = len(base_widths)
+        bad = [k for k in depths if type(k) is not int or not 0 < k < n - 1]
+        if bad or not depths or sorted(set(depths)) != list(depths):
+            raise ValueError(f"first layers {list(depths)}, expected ascending numbers from 1 to {n - 2}")
+        self.depths, self.base_widths = tuple(depths), tuple(map(tuple, base_widths))
+        self.auxiliary_widths = tuple((width, width) for width in input_widths)
+        for k in depths:
+            self[f"first_{k}"] = Predictor(
+                [0] * (n - k - 1), [(input_widths[k],) * 2], base_widths[k + 1 :], "hidden"
+            )
+
+    @property
+    def layer_map(self) -> tuple[int, ...]:
+        """For each base KV layer the one that it is predicted from at the greatest depth; itself, if it is exact."""
+        return tuple(min(i, self.depths[-1]) for i in range(len(self.base_widths)))
+
+    def at(self, depth: int) -> Predictor:
+        """The maps of a depth; they take `[(x,)]` with x `[B, L, D]`."""
+        return self[f"first_{depth}"]
+
+    def behind(self, depth: int) -> Callable[[mx.array], list[KV]]:
+        """From what KV layer `depth` reads, `[B, L, D]`, to raw keys and values of the layers behind it."""
+        maps = self.at(depth)
+        return lambda x: maps([(x,)])
+
+    def check_depth(self, depth: int) -> None:
+        """Raise ValueError if there are no maps for a depth."""
+        if depth not in self.depths:
+            known = ", ".join(map(str, self.depths))
+            raise ValueError(f"depth {depth}, expected one of the pair's: {known}")
 
 
 class _NoColumns(nn.Module):

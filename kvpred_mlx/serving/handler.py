@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +11,15 @@ from urllib.parse import unquote
 
 from mlx_lm.server import APIHandler
 
-from kvpred_mlx.generation.draft import NAME as AUXILIARY
+from kvpred_mlx.errors import one_line
+from kvpred_mlx.generation.draft import AUXILIARY
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.serving.server import PairGenerator, RequestError
+from kvpred_mlx.serving.checks import RequestError, check_input, check_types
+from kvpred_mlx.serving.generator import PairGenerator
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BASE = ":base"  # after the pair's name: the base alone
 
 
@@ -181,102 +181,6 @@ class PairHandler(APIHandler):
         return draft
 
 
-def check_types(body: dict[str, Any]) -> None:
-    """Refuse numbers that are none, and parameters that mlx-lm does not look at.
-
-    Raises:
-        RequestError: naming the parameter.
-    """
-    flags = ("stream", "logprobs")
-    for name, value in body.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{name} is {value}, expected a finite number", name)
-        if type(value) is bool and name in _NUMBERS:
-            raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
-        if name in flags and type(value) is not bool:
-            raise RequestError(f"{name} is {value!r}, expected true or false", name)
-    seed = body.get("seed")
-    if type(seed) is int and not 0 <= seed < 1 << 64:
-        raise RequestError(f"seed is {seed}, expected 0 to {(1 << 64) - 1}", "seed")
-    if body.get("n") not in (None, 1):
-        raise RequestError(f"n is {body['n']!r}, expected 1: one choice for each request", "n")
-    if body.get("adapters") is not None:
-        raise RequestError("adapters are not supported: load them into the pair", "adapters")
-    stop = body.get("stop")
-    if not (stop is None or _is_text(stop) or (isinstance(stop, list) and all(map(_is_text, stop)))):
-        raise RequestError(
-            f"stop is {stop!r}, expected a string that is not empty, or a list of such", "stop"
-        )
-    for name in ("logit_bias", "stream_options", "role_mapping", "chat_template_kwargs"):
-        if not isinstance(body.get(name), dict | None):
-            raise RequestError(f"{name} is {body[name]!r}, expected an object", name)
-    for token, bias in (body.get("logit_bias") or {}).items():
-        if type(bias) not in (int, float) or not math.isfinite(bias) or not token.lstrip("-").isdigit():
-            raise RequestError(
-                f"logit_bias is {{{token!r}: {bias!r}}}, expected a number for each id", "logit_bias"
-            )
-
-
-def check_input(body: dict[str, Any], chat: bool) -> None:
-    """Refuse a prompt or messages that are not text.
-
-    Raises:
-        RequestError: naming the parameter.
-    """
-    if not chat:
-        if not isinstance(body.get("prompt"), str):
-            raise RequestError(f"prompt is {_short(body.get('prompt'))}, expected a string", "prompt")
-        return
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages is {_short(messages)}, expected a list that is not empty", "messages")
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise RequestError(f"{where} is {_short(message)}, expected an object with a role", "messages")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        texts = all(
-            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
-        )
-        if not isinstance(content, str | list | None) or not texts:
-            raise RequestError(f"{where}.content is {_short(content)}, expected text", "messages")
-    tools = body.get("tools")
-    if not (tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools))):
-        raise RequestError(f"tools is {_short(tools)}, expected a list of objects", "tools")
-
-
-_NUMBERS = (
-    *(
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "top_logprobs",
-    ),
-    *("num_draft_tokens", "repetition_penalty", "repetition_context_size", "presence_penalty"),
-    *(
-        "presence_context_size",
-        "frequency_penalty",
-        "frequency_context_size",
-        "xtc_probability",
-        "xtc_threshold",
-    ),
-)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _unknown_model(name: str, known: str) -> RequestError:
     message = f"the model {name!r} does not exist, expected {known!r} or {known + BASE!r}"
     return RequestError(message, "model", "model_not_found", status=404)
@@ -292,7 +196,7 @@ def _describe(error: Exception, path: str) -> tuple[int, dict[str, Any]]:
             reason, RequestError
         ):  # before the first token: a template, or worse
             status = 400 if isinstance(reason, ValueError | TypeError | LookupError) else 500
-    message = " ".join(str(reason).split()) or type(reason).__name__
+    message = one_line(reason)
     if isinstance(reason, RequestError):
         status = reason.status
     elif isinstance(reason, UnicodeDecodeError | json.JSONDecodeError | RecursionError):

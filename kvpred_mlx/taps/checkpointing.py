@@ -16,10 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kvpred_mlx.errors import UnsupportedModelError
-from kvpred_mlx.taps.shadows import layer_list_owners, shadowed
+from kvpred_mlx.taps.layers import layer_list_owners
+from kvpred_mlx.taps.shadows import shadowed
 from kvpred_mlx.taps.sites import Site
 
 Call = tuple[int, int]  # a site, and which call of it
+Arrays = tuple[mx.array, ...]
 Norms = dict[Call, mx.array]
 
 
@@ -31,11 +33,20 @@ class Flow:
         given: arrays to inject.
         kept: recorded arrays.
         norms: what key norms gave; None if nobody asks.
+        derive: what is to be injected once `kept` has the array of the call `source`; None if nothing waits for it.
     """
 
-    given: dict[Call, tuple[mx.array, ...]] = field(default_factory=dict)
+    given: dict[Call, Arrays] = field(default_factory=dict)
     kept: dict[Call, mx.array] = field(default_factory=dict)
     norms: Norms | None = None
+    source: Call | None = None
+    derive: Callable[[mx.array], dict[Call, Arrays]] | None = None
+
+    def settle(self) -> None:
+        """Derive what is given as soon as it can be."""
+        if self.derive is not None and self.source in self.kept:
+            self.given |= self.derive(self.kept[self.source])
+            self.derive = None
 
 
 Tapped = Callable[[Flow, int], AbstractContextManager[None]]
@@ -68,17 +79,19 @@ class _CheckpointedLayer:
 
     def __init__(self, layer: nn.Module, index: int, sites: Sequence[Site], tapped: Tapped, flow: Flow):
         self._layer, self._index, self._tapped, self._flow = layer, index, tapped, flow
-        self._calls = [call for call in flow.given if sites[call[0]].layer == index]
+        self._sites = sites
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer, flow, places = self._layer, self._flow, Flow()
+        flow.settle()
+        calls = [call for call in flow.given if self._sites[call[0]].layer == self._index]
 
         def run(parameters: Any, given: Any, args: Any, kwargs: Any) -> Any:
             norms: Norms | None = None if flow.norms is None else {}
-            inside = Flow(dict(zip(self._calls, map(tuple, given), strict=True)), norms=norms)
+            inside = Flow(dict(zip(calls, map(tuple, given), strict=True)), norms=norms)
             before = layer.trainable_parameters()
             layer.update(parameters)
             try:
@@ -89,7 +102,7 @@ class _CheckpointedLayer:
             places.kept, places.norms = inside.kept, inside.norms
             return output, list(inside.kept.values()), list((inside.norms or {}).values())
 
-        given = [list(flow.given[call]) for call in self._calls]
+        given = [list(flow.given[call]) for call in calls]
         output, kept, norms = mx.checkpoint(run)(layer.trainable_parameters(), given, args, kwargs)
         flow.kept.update(zip(places.kept, kept, strict=True))
         if flow.norms is not None:

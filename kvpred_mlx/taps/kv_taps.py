@@ -23,10 +23,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.errors import UnsupportedModelError
-from kvpred_mlx.taps.checkpointing import Call, Flow, Norms, checkpointed_layers
+from kvpred_mlx.taps.checkpointing import Arrays, Call, Flow, Norms, checkpointed_layers
+from kvpred_mlx.taps.fused import FusedColumns
 from kvpred_mlx.taps.kv import KV
-from kvpred_mlx.taps.shadows import FirstLayers, Tap, layer_list_owners, lock, shadowed
-from kvpred_mlx.taps.sites import FusedColumns, check_caches, find_sites, group_calls, key_norm, project
+from kvpred_mlx.taps.layers import Layers, layer_list_owners
+from kvpred_mlx.taps.shadows import Tap, lock, shadowed
+from kvpred_mlx.taps.sites import check_caches, find_sites, group_calls, key_norm, project
 
 OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
 
@@ -50,7 +52,7 @@ class KVTaps:
     _needs_cache = False
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.layers = model, Layers(model)
         self.family: str = getattr(model, "model_type", type(model).__module__)
         check_caches(self.family, make_prompt_cache(model))
         sites = list(find_sites(model))
@@ -80,7 +82,11 @@ class KVTaps:
         return any(self._fused)
 
     def record(
-        self, tokens: mx.array, cache: list[Any] | None = None, norms: Norms | None = None
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        norms: Norms | None = None,
+        inputs: list[mx.array] | None = None,
     ) -> tuple[list[KV], mx.array]:
         """Run the model over `tokens` [B, L] and keep every KV layer's raw keys and values.
 
@@ -88,15 +94,22 @@ class KVTaps:
 
         Args:
             norms: filled with what the key norms give, if the model has any (`kvpred_mlx.taps.key_norms`).
+            inputs: filled with what every KV layer's key projection reads, `[B, L, input_widths[i]]`; not for a
+                backward pass through layers that are `checkpointed`.
         """
+        read: dict[Call, mx.array] = {}
 
         def keep(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            read[call] = x
             flow.kept[call] = project(projection, x)
             return flow.kept[call]
 
         flow = Flow(norms=norms)
         logits = self._run(tokens, cache, keep, flow)
-        return [self._kv(i, flow.kept) for i in range(len(self)) if self._layers[i][0] in flow.kept], logits
+        reached = [i for i, calls in enumerate(self._layers) if calls[0] in flow.kept]
+        if inputs is not None:
+            inputs += [read[self._layers[i][0]] for i in reached]
+        return [self._kv(i, flow.kept) for i in reached], logits
 
     def record_inputs(
         self, tokens: mx.array, cache: list[Any] | None = None
@@ -132,23 +145,59 @@ class KVTaps:
         Raises:
             ValueError: if the number, the widths or the tokens of `kv` are not as expected.
         """
-        given = [(k.shape[-1], v.shape[-1]) for k, v in kv]
-        if given != self.widths:
-            raise ValueError(f"{self.family}: injected key and value widths {given}, expected {self.widths}")
+        self._check_widths(kv)
         shapes = {a.shape[:-1] for pair in kv for a in pair}
         if shapes != {tokens.shape}:
             raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
 
-        def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
-            arrays = [a.astype(x.dtype) for a in flow.given[call]]
-            fused = self._fused_at.get(call)
-            if fused is None:
-                return arrays[0]
-            if not logits:
-                return fused.pad(KV(*arrays))
-            return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
-
+        give = partial(self._give, logits=logits)
         return self._run(tokens, cache, give, Flow(self._given(kv), norms=norms))
+
+    def inject_after(
+        self,
+        layer: int,
+        predict: Callable[[mx.array], Sequence[KV]],
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        *,
+        logits: bool,
+        norms: Norms | None = None,
+    ) -> mx.array:
+        """Run the model over `tokens` [B, L]; behind KV layer `layer` keys and values are predicted from what it reads.
+
+        Layers up to `layer` are the model's own, so their cache entries are exact.  One lazy pass: the entries of the
+        others depend on `layer`'s input alone, if `logits` is false, and nothing above it is computed.
+
+        Args:
+            predict: from what `layer`'s key projection reads, `[B, L, input_widths[layer]]`, to raw keys and values of
+                every KV layer behind it.
+            cache, logits, norms: as in `inject`.
+
+        Raises:
+            ValueError: the predicted widths are not as expected.
+        """
+        behind = self._layers[layer + 1 :]
+        source = self._layers[layer][0]
+
+        def derive(x: mx.array) -> dict[Call, Arrays]:
+            kv = predict(x)
+            self._check_widths(kv, layer + 1)
+            return self._given(kv, layer + 1)
+
+        def pass_or_give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
+            if call in replaced:
+                flow.settle()
+                return self._give(flow, call, projection, x, logits=logits)
+            if call == source:
+                flow.kept[call] = x
+            return project(projection, x)
+
+        replaced = {call for calls in behind for call in calls}
+        return self._run(tokens, cache, pass_or_give, Flow(norms=norms, source=source, derive=derive))
+
+    def layer_of(self, kv_layer: int) -> int:
+        """The place in the model's list of layers of a KV layer."""
+        return self._sites[self._layers[kv_layer][0][0]].layer
 
     def norm_places(self) -> list[Call]:
         """For each KV layer the place of its normed keys in `norms` (see `record`), if there is a norm."""
@@ -157,10 +206,7 @@ class KVTaps:
     @contextmanager
     def first_layers(self, n: int | None) -> Iterator[None]:
         """Let the model run its first `n` layers only (None: all), so that no graph is built beyond them."""
-        owners = layer_list_owners(self.model) if n is not None else []
-        with lock, ExitStack() as stack:
-            for owner, name in owners:
-                stack.enter_context(shadowed(owner, name, FirstLayers(owner[name], n)))
+        with self.layers.first(n):
             yield
 
     def depth(self, kv_layers: int) -> tuple[int, int] | None:
@@ -168,7 +214,7 @@ class KVTaps:
 
         Returns None if the model must run whole (it needs all, or its layers cannot be cut short).
         """
-        n = max(self._sites[self._layers[i][0][0]].layer for i in range(kv_layers)) + 1
+        n = max(map(self.layer_of, range(kv_layers))) + 1
         looped = any(nth for calls in self._layers for _, nth in calls)
         if looped or n >= len(self.model.layers) or not layer_list_owners(self.model):
             return None
@@ -252,15 +298,30 @@ class KVTaps:
             return fused.split(outputs[calls[0]])
         return KV(outputs[calls[0]], outputs[calls[1]])
 
-    def _given(self, kv: Sequence[KV]) -> dict[Call, tuple[mx.array, ...]]:
-        """What each call of a projection is given: both arrays if it is fused, else its own."""
-        given: dict[Call, tuple[mx.array, ...]] = {}
-        for calls, layer in zip(self._layers, kv, strict=True):
+    def _give(self, flow: Flow, call: Call, projection: nn.Module, x: mx.array, *, logits: bool) -> mx.array:
+        """What stands in the place of a projection's output."""
+        arrays = [a.astype(x.dtype) for a in flow.given[call]]
+        fused = self._fused_at.get(call)
+        if fused is None:
+            return arrays[0]
+        if not logits:
+            return fused.pad(KV(*arrays))
+        return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
+
+    def _given(self, kv: Sequence[KV], first: int = 0) -> dict[Call, Arrays]:
+        """What each call of a projection is given, from KV layer `first` on: both arrays if fused, else its own."""
+        given: dict[Call, Arrays] = {}
+        for calls, layer in zip(self._layers[first:], kv, strict=True):
             if calls[0] in self._fused_at:
                 given[calls[0]] = tuple(layer)
             else:
                 given |= {call: (array,) for call, array in zip(calls, layer, strict=False)}
         return given
+
+    def _check_widths(self, kv: Sequence[KV], first: int = 0) -> None:
+        given, expected = [(k.shape[-1], v.shape[-1]) for k, v in kv], self.widths[first:]
+        if given != expected:
+            raise ValueError(f"{self.family}: injected key and value widths {given}, expected {expected}")
 
     def _find_fused_columns(self) -> None:
         for i, calls in enumerate(self._layers):

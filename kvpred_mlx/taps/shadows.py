@@ -34,26 +34,6 @@ class Tap:
         return getattr(self._projection, name)
 
 
-class FirstLayers(list):
-    """The first `n` layers for the thread that cut the model, all of them for every other."""
-
-    def __init__(self, layers: list[nn.Module], n: int | None):
-        super().__init__(layers)
-        self._n, self._thread = n, threading.get_ident()
-
-    def _seen(self) -> list[nn.Module]:
-        return list.__getitem__(self, slice(self._n if threading.get_ident() == self._thread else None))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._seen())
-
-    def __len__(self) -> int:
-        return len(self._seen())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._seen()[index]
-
-
 @contextmanager
 def shadowed(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
     previous = owner.__dict__.get(name)
@@ -65,14 +45,3 @@ def shadowed(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
             owner.__dict__.pop(name, None)
         else:
             owner.__dict__[name] = previous
-
-
-def layer_list_owners(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every (module, attribute) that holds the model's list of layers."""
-    first, count = model.layers[0], len(model.layers)
-    return [
-        (module, name)
-        for _, module in model.named_modules()
-        for name, child in module.items()
-        if isinstance(child, list) and len(child) == count and child[0] is first
-    ]

@@ -1,0 +1,205 @@
+"""Pairs of a base's own first layers: quality by depth and by tokens, then by training.
+
+`python -m kvpred_mlx.bench.studies.first_layers --base BASE --depths 7,10,14,21 --data TRAIN --held-out HELD \
+--folder FOLDER` records windows of real text and of planted facts once, fits closed forms on growing parts of them,
+scores every depth, and trains as the cache is used.  Every step is kept in FOLDER and passed over if it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import numpy as np
+import typer
+
+from kvpred_mlx.bench.common import command, machine
+from kvpred_mlx.bench.front.recall_score import questions
+from kvpred_mlx.files import write_file
+from kvpred_mlx.making.as_used import as_used_trainer
+from kvpred_mlx.making.data import encode, read_documents
+from kvpred_mlx.making.fit import fit_recorded
+from kvpred_mlx.making.pairing import LoadedModel, load_part
+from kvpred_mlx.making.recorded_quality import Scores, estimates, score
+from kvpred_mlx.making.recording import Recording, record
+from kvpred_mlx.making.settings import TrainingSettings
+from kvpred_mlx.making.windows import Windows, cut_windows
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
+from kvpred_mlx.taps.kv_taps import KVTaps
+
+METRICS = ("retention", "agreement", "first_token_agreement", "divergence")
+SCORED = 64
+
+
+def main(
+    base: Annotated[str, typer.Option(help="Any mlx-lm model: a directory or a Hugging Face repo.")],
+    depths: Annotated[str, typer.Option(help="How many layers read, 7,10,14.")],
+    data: Annotated[Path, typer.Option(help="Text to fit on.")],
+    held_out: Annotated[Path, typer.Option(help="Other text, to measure on.")],
+    folder: Annotated[Path, typer.Option(help="Recordings, states and results.")],
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to fit on.")] = 96,
+    counts: Annotated[str, typer.Option(help="Closed forms on so many of them.")] = "6,24,96",
+    prompt_lens: Annotated[str, typer.Option(help="Prompt lengths, in tokens.")] = "448",
+    held_windows: Annotated[str, typer.Option(help="Windows to measure on, at each length.")] = "24",
+    recall: Annotated[
+        str, typer.Option(help="Questions of each kind at each of five depths, at each length.")
+    ] = "2",
+    iters: Annotated[int, typer.Option(min=0, help="Training steps of each depth.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-4,
+    trained: Annotated[str, typer.Option(help="The depths to train (default: all).")] = "",
+    every: Annotated[int, typer.Option(min=1, help="Steps between scores.")] = 20,
+) -> None:
+    """Quality of pairs that read with their base's first layers."""
+    study = Study(load_part(base), _numbers(depths), folder)
+    lengths = _numbers(prompt_lens)
+    study.record_text("train", data, 448, windows)
+    for n, count in zip(lengths, _numbers(held_windows), strict=True):
+        study.record_text(f"held-{n}", held_out, n, count)
+    for n, count in zip(lengths, _numbers(recall), strict=True):
+        if count:
+            study.record_recall(f"recall-{n}", held_out, n, count)
+    study.closed_forms(_numbers(counts))
+    for depth in _numbers(trained) if trained else _numbers(depths):
+        if iters:
+            settings = TrainingSettings(
+                iters, batch_size, learning_rate, warmup=min(10, iters // 5), weight_decay=0.0, save_every=every,
+                steps_per_report=5,
+            )  # fmt: skip
+            study.train(depth, settings, every)
+    print(json.dumps(study.results["rows"], indent=1))
+
+
+class Study:
+    """A folder of recordings and results of one base.
+
+    Args:
+        base: the model.
+        depths: of the maps.
+        folder: made if it is not there.
+    """
+
+    def __init__(self, base: LoadedModel, depths: Sequence[int], folder: Path):
+        self._base, self._taps, self._depths, self._folder = base, KVTaps(base.model), list(depths), folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._place = folder / "results.json"
+        begun: dict[str, Any] = {"base": base.name, "machine": machine.describe(), "rows": [], "seconds": {}}
+        self.results = json.loads(self._place.read_text()) if self._place.exists() else begun
+        self._recordings: dict[str, Recording] = {}
+
+    def record_text(self, name: str, data: Path, prompt: int, count: int) -> None:
+        """Windows of real text."""
+        ids = encode(self._base.tokenizer, list(read_documents(data)))
+        per_document = 1 if name == "train" else 2
+        cut = cut_windows(ids, prompt, SCORED, most=count, per_document=per_document)
+        order = np.random.default_rng(0).permutation(len(cut)) if name == "train" else np.arange(len(cut))
+        self._record(name, Windows(*(getattr(cut, f.name)[order] for f in dataclasses.fields(Windows))))
+
+    def record_recall(self, name: str, data: Path, prompt: int, count: int) -> None:
+        """Prompts with facts planted, and the answers to a question about one of them."""
+        texts = list(read_documents(data))
+        asked = questions(self._base.tokenizer, texts, prompt, count, seed=0)
+        most = max(len(q.answer) for q in asked)
+        kept = [q for q in asked if len(q.answer) == most]
+        rows = np.array([q.prompt for q in kept]), np.array([q.answer for q in kept])
+        self._record(name, Windows(*rows, np.arange(len(kept)), np.full(len(kept), np.nan)))
+
+    def closed_forms(self, counts: Sequence[int]) -> None:
+        """Fit on growing numbers of windows, and score each."""
+        missing = [
+            c for c in counts if not all(self._has(k, f"closed form, {c} windows") for k in self._depths)
+        ]
+        train = self._recordings["train"]
+        counts = [min(c, len(train)) for c in missing]
+        began = time.perf_counter()
+        for count, fitted in zip(counts, fit_recorded(self._taps, self._depths, train, counts), strict=False):
+            assert isinstance(fitted.predictor, FirstLayersPredictor)
+            weights = dict(fitted.predictor.parameters())
+            mx.save_safetensors(str(self._folder / f"closed-form-{count}.safetensors"), _flat(weights))
+            pair = KVPredictionModel(self._taps, None, fitted.predictor)
+            for depth in self._depths:
+                self._score(pair, depth, f"closed form, {count} windows", fitted.tokens)
+        self.results["seconds"]["closed forms"] = time.perf_counter() - began
+        self._save()
+
+    def train(self, depth: int, settings: TrainingSettings, every: int) -> None:
+        """Train one depth from the last closed form, scoring now and then."""
+        last = max(
+            self._folder.glob("closed-form-*.safetensors"), key=lambda p: int(p.stem.rpartition("-")[2])
+        )
+        predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
+        predictor.load_weights(str(last))
+        pair = KVPredictionModel(self._taps, None, predictor)
+        train = self._recordings["train"]
+        states = self._folder / f"training-{depth}"
+        trainer = as_used_trainer(pair, train, settings, state_folder=states, depth=depth)
+        began = time.perf_counter()
+        while trainer.step < settings.iters:
+            trainer.run(_tell, until=min(trainer.step + every, settings.iters))
+            seconds = time.perf_counter() - began
+            tokens = trainer.step * settings.batch_size * train.tokens_per_row
+            self._score(pair, depth, f"trained, {trainer.step} steps", tokens, seconds)
+        mx.save_safetensors(
+            str(self._folder / f"trained-{depth}.safetensors"), _flat(dict(predictor.at(depth).parameters()))
+        )
+
+    def _record(self, name: str, windows: Windows) -> None:
+        predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
+        pair = KVPredictionModel(self._taps, None, predictor)
+        began = time.perf_counter()
+        size = max(1, 2048 // windows.prompts.shape[1])
+        self._recordings[name] = record(
+            pair, windows, self._folder / name, batch_size=size,
+            progress=lambda done, total, what=None: print(f"{name}: {done} of {total} windows", flush=True),
+        )  # fmt: skip
+        self.results["seconds"].setdefault(f"recording {name}", time.perf_counter() - began)
+        self._save()
+
+    def _has(self, depth: int, way: str) -> bool:
+        return any(row["depth"] == depth and row["way"] == way for row in self.results["rows"])
+
+    def _score(
+        self, pair: KVPredictionModel, depth: int, way: str, tokens: int, seconds: float = 0.0
+    ) -> None:
+        row: dict[str, Any] = {"depth": depth, "way": way, "tokens": tokens, "seconds": seconds}
+        for name, recording in self._recordings.items():
+            if name == "train":
+                continue
+            scores = score(pair, recording, depth)
+            row[name] = _figures(recording, scores, name.startswith("recall"))
+        self.results["rows"].append(row)
+        self._save()
+        print(json.dumps(row), flush=True)
+
+    def _save(self) -> None:
+        write_file(self._place, lambda beside: beside.write_text(json.dumps(self.results, indent=1)))
+
+
+def _figures(recording: Recording, scores: Scores, recall: bool) -> dict[str, Any]:
+    found = estimates(recording, scores)
+    metrics = ("recalled", "agreement", "divergence") if recall else METRICS
+    return {m: dataclasses.asdict(found[m]) for m in metrics}
+
+
+def _flat(parameters: dict[str, Any]) -> dict[str, mx.array]:
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(parameters))
+
+
+def _tell(report: Any) -> None:
+    print(f"step {report.step}: {report.loss:.4f}, {report.seconds_left / 60:.1f} min left", flush=True)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,92 @@
+"""How to fit and how to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvpred_mlx.pair import sources
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to fit.
+
+    Args:
+        tokens: how many tokens to read, at most.
+        batch_size: sequences at a time.
+        source: what to predict from, one of `kvpred_mlx.pair.sources.SOURCES`.
+        layer_map: auto, even, or a list such as 0,0,1,1.
+        ridge: of standardized features; None chooses on held-out batches, for each layer, keys and values apart.
+        seed: of the choice of sequences.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
+    """
+
+    tokens: int = 200_000
+    batch_size: int = 8
+    source: str = sources.DEFAULT
+    layer_map: str = "auto"
+    ridge: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sources.check_source(self.source)
+        _check(self, {"tokens": 1, "batch_size": 1, "ridge": 0})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train; the names are mlx-lm's.
+
+    Args:
+        iters: optimizer steps.
+        batch_size: sequences of one step and one accumulation, over all processes together.
+        learning_rate: the highest, at the end of the warm-up.
+        end_learning_rate: the share of it that the cosine ends on.
+        warmup: steps over which the learning rate rises from zero.
+        optimizer: `adamw` or `muon` (see `make_optimizer`).
+        weight_decay: of AdamW's matrices; norms and biases have none.
+        grad_clip: the gradient's largest norm, 0 for no limit.
+        grad_accumulation_steps: batches whose gradients are averaged for one step.
+        save_every: steps between saved states.
+        steps_per_report: steps between reports.
+        seed: of the order of the data.
+        dtype: what to compute in; weights are kept and updated in float32.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
+    """
+
+    iters: int = 1000
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 0.1
+    warmup: int = 100
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    grad_accumulation_steps: int = 1
+    save_every: int = 100
+    steps_per_report: int = 10
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        counts = ("iters", "batch_size", "grad_accumulation_steps", "save_every", "steps_per_report")
+        amounts = ("learning_rate", "end_learning_rate", "warmup", "weight_decay", "grad_clip")
+        _check(self, dict.fromkeys(counts, 1) | dict.fromkeys(amounts, 0))
+
+
+def _check(settings: Any, least: Mapping[str, int]) -> None:
+    """Refuse fields that are below their least value, or no numbers; None is none given."""
+    given = {name: value for name in least if (value := getattr(settings, name)) is not None}
+    wrong = [
+        f"{name} is {value}, expected {'0 or more' if least[name] == 0 else f'at least {least[name]}'}"
+        for name, value in given.items()
+        if not value >= least[name]
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))

@@ -1,0 +1,64 @@
+"""Windows of real text: a prompt, and what really follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Prompts of real text and the real text that follows.
+
+    Args:
+        prompts: `[W, P]` token ids.
+        continuations: `[W, N]` token ids.
+        documents: `[W]`, which document each window is from.
+        bytes: `[W]`, UTF-8 bytes of the continuations' text; nan without a tokenizer.
+    """
+
+    prompts: np.ndarray
+    continuations: np.ndarray
+    documents: np.ndarray
+    bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def cut_windows(
+    documents: Sequence[Sequence[int]],
+    prompt_tokens: int,
+    score_tokens: int,
+    tokenizer: Any = None,
+    most: int = 160,
+    per_document: int = 4,
+) -> Windows:
+    """Cut windows of `prompt_tokens` + `score_tokens` from documents, spread evenly over each.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    size = prompt_tokens + score_tokens
+    found: list[tuple[int, Sequence[int]]] = []
+    for d, ids in enumerate(documents):
+        count = min(per_document, len(ids) // size)
+        starts = np.linspace(0, len(ids) - size, count).astype(int) if count > 1 else range(count)
+        found += [(d, ids[s : s + size]) for s in starts]
+    if not found:
+        longest = max(map(len, documents), default=0)
+        raise ValueError(
+            f"the longest of {len(documents)} documents has {longest} tokens, expected at least {size}: "
+            f"{prompt_tokens} of prompt and {score_tokens} to score"
+        )
+    chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
+    rows = np.array([ids for _, ids in chosen])
+    texts = [
+        len(tokenizer.decode(row[prompt_tokens:].tolist()).encode()) if tokenizer else np.nan for row in rows
+    ]
+    return Windows(
+        rows[:, :prompt_tokens], rows[:, prompt_tokens:], np.array([d for d, _ in chosen]), np.array(texts)
+    )

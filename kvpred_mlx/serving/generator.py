@@ -1,0 +1,142 @@
+"""mlx-lm's generation thread with a pair: one model in several modes, never mixed in a batch or a prompt cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from queue import Queue
+from typing import Any
+
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.server import GenerationArguments, ModelDescription, ModelProvider, ResponseGenerator
+
+from kvpred_mlx.generation.draft import AUXILIARY, AuxiliaryDraft
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving.checks import check_prompt
+from kvpred_mlx.serving.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+
+class PairProvider(ModelProvider):
+    """Provides one pair, in the mode that a request asks for.
+
+    mlx-lm's server asks for models by name, empties its batch before it changes the model, and keeps prompt
+    caches by model.  Here the name is a mode's: so modes share neither batches nor caches.
+    """
+
+    model: Any
+    model_key: Any
+    draft_model: Any
+
+    def __init__(self, pair: KVPredictionModel, tokenizer: Any, settings: ServerSettings):
+        super().__init__(settings)
+        self.pair, self.default_mode = pair, Mode.of(pair)
+        self.tokenizer = tokenizer
+
+    def load_default(self) -> None:
+        self.load(str(self.default_mode), None, self.cli_args.draft)
+
+    def load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> tuple[KVPredictionModel, Any]:
+        Mode.parse(model_path).apply(self.pair)
+        self.model, self.model_key = self.pair, (model_path, adapter_path, draft_model_path)
+        self.draft_model = AuxiliaryDraft(self.pair) if draft_model_path == AUXILIARY else None
+        mergeable = all(hasattr(c, "merge") for c in make_prompt_cache(self.pair))
+        self.is_batchable = mergeable and self.draft_model is None
+        return self.pair, self.tokenizer
+
+    def reset(self) -> None:
+        """The generation thread has ended; the pair is the caller's."""
+
+
+class PairPromptCache(LRUPromptCache):
+    """mlx-lm's prompt cache, kept by the tokens that are really in it."""
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if rest or cache is None:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)  # all is known already: a prompt needs its last token all the same
+        return cache, tokens[-1:]
+
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
+        # A speculative decoder's last token is not in the cache yet, though mlx-lm names it.
+        entry = prompt_cache[-1]
+        known = entry.logged() if isinstance(entry, AuxiliaryCache) else tokens
+        if known:
+            super().insert_cache(model, known, prompt_cache, **options)
+
+
+class PairGenerator(ResponseGenerator):
+    """mlx-lm's generation thread, for requests that carry a `mode` and get a `ttft` (see handler.py).
+
+    Args:
+        name: what requests call the pair.
+        context: tokens of prompt and answer together (None: no limit).
+    """
+
+    model_provider: PairProvider
+    requests: _Requests
+
+    def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache, name: str, context: int | None):
+        self.name, self.context = name, context
+        super().__init__(provider, prompt_cache)
+        self.requests = _Requests()
+
+    def generate(
+        self,
+        request: Any,
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> tuple[Any, Iterator[Any]]:
+        # Models are modes here, and a draft of another mode is another model.
+        generation_args.model = ModelDescription(str(request.mode), request.draft, "")
+        ctx, responses = super().generate(request, generation_args, progress_callback)
+        return ctx, _timed(request, responses)
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
+        prompt, *rest = super()._tokenize(tokenizer, request, args)
+        check_prompt(prompt, self.context, self.model_provider.pair.vocab_size)
+        if self.context is not None:
+            args.max_tokens = min(args.max_tokens, self.context - len(prompt))
+        return prompt, *rest
+
+    def _run_generate(self) -> None:
+        """Generate until the end; a failure ends the requests under way, and not the server."""
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:
+                logger.exception("generation failed")
+                self.requests.fail(error)
+
+
+class _Requests(Queue[tuple[Any, ...]]):
+    """Requests on their way to the generation thread; it remembers who waits for an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: weakref.WeakSet[Queue[Any]] = weakref.WeakSet()
+
+    def put(self, item: tuple[Any, ...], block: bool = True, timeout: float | None = None) -> None:
+        self._waiting.add(item[0])
+        super().put(item, block, timeout)
+
+    def fail(self, error: Exception) -> None:
+        for answers in list(self._waiting):
+            answers.put(error)
+
+
+def _timed(request: Any, responses: Iterator[Any]) -> Iterator[Any]:
+    for response in responses:
+        if request.ttft is None:
+            request.ttft = time.perf_counter() - request.started
+        yield response

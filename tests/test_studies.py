@@ -1,0 +1,141 @@
+"""The studies and the recipe as commands: one style, one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from pairs import make_pair
+
+from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.studies import convert_memory, pieces
+
+STUDIES = [
+    f"studies.{name}" for name in ("compare_sources", "draft", "first_layers", "pieces", "repair", "soak")
+]
+COMMANDS = [*STUDIES, "studies.convert_memory", "recipe.demo_pair", "readme"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a module of the bench as a command: (exit code, standard output, standard error)."""
+
+    def call(name, *arguments):
+        module = importlib.import_module(f"kvpred_mlx.bench.{name}")
+        monkeypatch.setattr(sys, "argv", [f"{name.rpartition('.')[2]}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command.run(module.main, pass_on=name.endswith("convert_memory"))
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def fails(result, code, name, *parts):
+    found, out, err = result
+    assert (found, out, err.count("\n")) == (code, "", 1), err
+    assert err.startswith(f"{name}: error: ") and all(part in err for part in parts)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(run, name):
+    code, out, err = run(name, "--help")
+    assert code == 0 and "Usage: " in out and not err
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "recipe.demo_pair"])
+def test_unknown_options(run, name):
+    fails(run(name, "--frobnicate"), 2, name.rpartition(".")[2], "--frobnicate")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "parts"),
+    [
+        ("studies.draft", ["--num-draft-tokens", "1,0"], 2, ["--num-draft-tokens", "'0'", "from 1 on"]),
+        (
+            "studies.draft",
+            ["--prompt-file", "/nowhere"],
+            2,
+            ["--prompt-file", "/nowhere", "expected a text file"],
+        ),
+        ("studies.draft", ["--model", "/nowhere"], 1, ["/nowhere: no such directory"]),
+        ("studies.repair", [], 2, ["--data"]),
+        (
+            "studies.repair",
+            ["--data", __file__, "--prompt-tokens", "100000"],
+            2,
+            ["--data", "at least 100000"],
+        ),
+        ("studies.pieces", ["--preset", "gpt-5"], 2, ["--preset", "gpt-5", "openelm-1_1b:openelm-270m"]),
+        ("studies.pieces", ["--prompt-lens", "512,x"], 2, ["--prompt-lens", "'x'"]),
+        ("studies.soak", ["--requests", "0"], 2, ["--requests"]),
+        ("studies.compare_sources", ["--folder", "/nowhere"], 1, ["/nowhere"]),
+        ("recipe.demo_pair", ["--iters", "1,2"], 2, ["--iters", "'1,2'", "9 numbers", "sharpened"]),
+        ("recipe.demo_pair", ["--minutes", "-1"], 2, ["--minutes"]),
+        ("readme", ["/nowhere.md"], 1, ["/nowhere.md"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, name, arguments, code, parts):
+    fails(run(name, *arguments), code, name.rpartition(".")[2], *parts)
+
+
+def test_draft(run):
+    options = ["--max-tokens", 4, "--trials", 1, "--num-draft-tokens", 2]
+    code, out, err = run("studies.draft", *options, "--json")
+    assert code == 0, err
+    assert [row["num_draft_tokens"] for row in json.loads(out)] == [0, 2]
+
+
+def test_pieces():
+    told = []
+    found = list(pieces.measure(make_pair(), [40], lambda *progress: told.append(progress)))
+    assert [(name, tokens) for name, tokens, _ in found] == [("auxiliary", 39), ("base", 39)]
+    for _, _, seconds in found:
+        assert list(seconds) == ["whole", "pieces", "pieces on streams"] and min(seconds.values()) > 0
+    assert told[-1] == (pieces.TRIALS, pieces.TRIALS + 1, "base, 39 tokens")
+
+
+@pytest.fixture
+def python_that_fails(monkeypatch):
+    """What is started as Python ends with exit code 1."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+
+
+def test_a_soak_without_a_server_fails(run, python_that_fails):
+    fails(run("studies.soak"), 1, "soak", "the server did not start (exit code 1)")
+
+
+def test_what_is_passed_on_to_convert(run, monkeypatch):
+    given = []
+    monkeypatch.setattr(convert_memory, "write_checkpoint", lambda checkpoint, config: None)
+
+    def convert(checkpoint, config, out, arguments):
+        given.extend(arguments)
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"0" * 10_000_000)
+        return 30_000_000
+
+    monkeypatch.setattr(convert_memory, "convert", convert)
+    code, out, _ = run("studies.convert_memory", "-q", "--q-bits", "4", "--dtype", "float16")
+    assert code == 0 and given == ["-q", "--q-bits", "4", "--dtype", "float16"]
+    assert out == "peak resident memory 0.03 GB, output 0.01 GB, +0.02 GB\n"
+
+
+def test_a_conversion_that_fails(tmp_path, python_that_fails):
+    paths = [tmp_path / name for name in ("model.pt", "model.yaml", "out")]
+    with pytest.raises(ChildProcessError, match="the conversion failed"):
+        convert_memory.convert(*paths, [])
+    with pytest.raises(ChildProcessError, match="the checkpoint could not be written"):
+        convert_memory.write_checkpoint(*paths[:2])
+
+
+def test_as_a_module():
+    command_line = [sys.executable, "-m", "kvpred_mlx.bench.studies.draft", "--trials", "none"]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr.startswith("draft: error: Invalid value for '--trials'") and done.stderr.count("\n") == 1
+    )
