@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import device  # noqa: F401  # first of all that imports MLX
+import backend  # first of all that imports MLX
 import mlx.core as mx
 import pytest
 
@@ -53,11 +53,12 @@ def demo_pair():
 
 
 @pytest.fixture
-def uncompiled():
-    """MLX compiles nothing: on the CPU each kernel is a second of g++, and a miniature training has dozens."""
-    mx.disable_compile()
-    yield
+def compiling():
+    """`mx.compile` compiles, as it does outside the tests (see backend.py)."""
     mx.enable_compile()
+    yield
+    if backend.ON_CPU:
+        mx.disable_compile()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,7 @@ def python(code: str, *arguments: Any) -> list[str]:
 
 def command(*arguments: Any) -> list[str]:
     """The command line, on the device that is tested."""
-    return python("import device; from kvpred_mlx.cli import main; main()", *arguments)
+    return python("import backend; from kvpred_mlx.cli import main; main()", *arguments)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ MODULES = {
 
 
 @pytest.fixture
-def small(monkeypatch, uncompiled):
+def small(monkeypatch):
     """Sizes that take seconds; the models that trainings began with."""
     monkeypatch.setattr(corpus, "modules", lambda: MODULES)
     monkeypatch.setattr(plan, "VOCABULARY", 300)

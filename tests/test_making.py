@@ -111,7 +111,7 @@ def test_kept_layers_of_quantized_models(family, tmp_path, demo_pair):
     assert pruned.model(mx.array([[1, 2, 3]])).shape == (1, 3, 4096)
 
 
-def test_train_from_two_models_and_go_on_from_the_pair(models, tmp_path, run, uncompiled):
+def test_train_from_two_models_and_go_on_from_the_pair(models, tmp_path, run):
     out, more = tmp_path / "pair", tmp_path / "more"
     options = ["--iters", 4, "--batch-size", 2, "--steps-per-report", 2, "--fit-tokens", 2000, "--warmup", 1]
     code, printed, err = run("train", *arguments(models, out, *options))

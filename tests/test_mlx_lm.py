@@ -169,7 +169,7 @@ def test_stream_generate_takes_the_auxiliary_as_draft(demo_pair):
 @pytest.fixture(scope="module")
 def server():
     """The stock server on a free port of the loopback interface."""
-    code = "import device; from mlx_lm.server import main; main()"
+    code = "import backend; from mlx_lm.server import main; main()"
     arguments = ("--model", DEMO_PAIR, "--host", "127.0.0.1", "--chat-template", CHAT_TEMPLATE)
     with serving(python(code, *arguments)) as (url, _, _):
         yield url

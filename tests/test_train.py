@@ -70,6 +70,15 @@ def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tm
     assert mx.allclose(again(prompt), pair(prompt), atol=1e-4)
 
 
+@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
+def test_a_step_can_be_compiled(base, auxiliary, source, compiling):
+    """Traced, that is; on the CPU the kernels of all these would take minutes."""
+    trainer = joint_trainer(make_pair(base, auxiliary, source=source), data(), SETTINGS)
+    loss, terms = trainer._take_step._take(trainer._batches())
+    assert loss.shape == () and set(terms) == {"base", "auxiliary", "keys", "values"}
+
+
 def test_frozen_auxiliary():
     pair = make_pair()
     before = weights(pair)
@@ -85,7 +94,7 @@ def test_types_are_given_back():
     pair.set_dtype(mx.bfloat16)
     settings = dataclasses.replace(SETTINGS, dtype="bfloat16", iters=2)
     with restored_types(pair):
-        joint_trainer(pair, data(), settings, compiled=False).run()  # its kernels would take half a minute
+        joint_trainer(pair, data(), settings).run()
         assert pair.predictor.key_maps[0].weight.dtype == mx.float32
     assert {a.dtype for _, a in tree_flatten(pair.parameters())} == {mx.bfloat16}
 
@@ -100,7 +109,7 @@ def test_quantized_parts():
     nn.quantize(pair.base, 32, 4)
     before = weights(pair.predictor)
     with restored_types(pair):
-        joint_trainer(pair, data(), SETTINGS, freeze_auxiliary=True, compiled=False).run()
+        joint_trainer(pair, data(), SETTINGS, freeze_auxiliary=True).run()
     assert not same(before, weights(pair.predictor))
 
 
@@ -124,7 +133,7 @@ def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled):
+def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled, compiling):
     straight, resumed, last = (make_pair() for _ in range(3))
     settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
     joint_trainer(straight, data(), settings, compiled=compiled).run()
@@ -205,7 +214,7 @@ def test_accumulated_batches_are_one_large_batch():
     results = []
     for settings in (halves, whole):
         pair, seen = make_pair(), []
-        joint_trainer(pair, rows, settings, compiled=False).run(seen.append)
+        joint_trainer(pair, rows, settings).run(seen.append)
         results.append((seen[0].loss, weights(pair)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert all(mx.allclose(a, results[1][1][k], atol=1e-4) for k, a in results[0][1].items())
