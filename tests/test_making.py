@@ -144,6 +144,7 @@ def test_quality_of_the_demo_pair(models, run):
         8,
         "--windows",
         4,
+        "--dequantize",
         "--json",
     )
     assert code == 0, err
@@ -157,6 +158,8 @@ def test_quality_of_the_demo_pair(models, run):
         models / "text.txt",
         "--prompt-tokens",
         32,
+        "--score-tokens",
+        8,
         "--windows",
         2,
         "--all-documents",
