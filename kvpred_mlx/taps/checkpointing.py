@@ -49,6 +49,8 @@ class Flow:
             self.derive = None
 
 
+# What a tap gives for a call of a projection and what the projection reads.
+OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
 Tapped = Callable[[Flow, int], AbstractContextManager[None]]
 
 

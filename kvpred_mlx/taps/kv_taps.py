@@ -19,18 +19,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.errors import UnsupportedModelError
-from kvpred_mlx.taps.checkpointing import Arrays, Call, Flow, Norms, checkpointed_layers
+from kvpred_mlx.taps.checkpointing import Arrays, Call, Flow, Norms, OnCall, checkpointed_layers
 from kvpred_mlx.taps.fused import FusedColumns
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.layers import Layers, layer_list_owners
+from kvpred_mlx.taps.proof import check_injection, reached_columns
 from kvpred_mlx.taps.shadows import Tap, lock, shadowed
 from kvpred_mlx.taps.sites import check_caches, find_sites, group_calls, key_norm, project
-
-OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
 
 
 class KVTaps:
@@ -71,7 +69,7 @@ class KVTaps:
         self.input_widths = [self._in_dims[layer[0][0]] for layer in self._layers]
         self._find_fused_columns()
         self._fused_at = {calls[0]: f for calls, f in zip(self._layers, self._fused, strict=True) if f}
-        self._check_injection()
+        check_injection(self.family, self.model, self.inject, self.widths, self._vocabulary)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -105,7 +103,7 @@ class KVTaps:
             return flow.kept[call]
 
         flow = Flow(norms=norms)
-        logits = self._run(tokens, cache, keep, flow)
+        logits = self.run(tokens, cache, keep, flow)
         reached = [i for i, calls in enumerate(self._layers) if calls[0] in flow.kept]
         if inputs is not None:
             inputs += [read[self._layers[i][0]] for i in reached]
@@ -121,7 +119,7 @@ class KVTaps:
             return project(projection, x)
 
         flow = Flow()
-        logits = self._run(tokens, cache, keep, flow)
+        logits = self.run(tokens, cache, keep, flow)
         return [flow.kept[calls[0]] for calls in self._layers if calls[0] in flow.kept], logits
 
     def inject(
@@ -151,7 +149,7 @@ class KVTaps:
             raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
 
         give = partial(self._give, logits=logits)
-        return self._run(tokens, cache, give, Flow(self._given(kv), norms=norms))
+        return self.run(tokens, cache, give, Flow(self._given(kv), norms=norms))
 
     def inject_after(
         self,
@@ -193,7 +191,7 @@ class KVTaps:
             return project(projection, x)
 
         replaced = {call for calls in behind for call in calls}
-        return self._run(tokens, cache, pass_or_give, Flow(norms=norms, source=source, derive=derive))
+        return self.run(tokens, cache, pass_or_give, Flow(norms=norms, source=source, derive=derive))
 
     def layer_of(self, kv_layer: int) -> int:
         """The place in the model's list of layers of a KV layer."""
@@ -234,7 +232,8 @@ class KVTaps:
         entries = sum(used)
         return (n, entries) if found >= kv_layers and all(used[:entries]) else None
 
-    def _run(self, tokens: mx.array, cache: list[Any] | None, on_call: OnCall, flow: Flow) -> mx.array:
+    def run(self, tokens: mx.array, cache: list[Any] | None, on_call: OnCall, flow: Flow) -> mx.array:
+        """Run the model over `tokens` [B, L] while `on_call` answers for its projections; returns the logits."""
         if cache is None and self._needs_cache:
             cache = make_prompt_cache(self.model)
         with lock, ExitStack() as stack:
@@ -289,7 +288,7 @@ class KVTaps:
             self._in_dims[site], self._out_dims[site] = x.shape[-1], whole.shape[-1]
             return whole
 
-        self._vocabulary = self._run(mx.array([[0, 0]]), cache, note, Flow()).shape[-1]
+        self._vocabulary = self.run(mx.array([[0, 0]]), cache, note, Flow()).shape[-1]
         return calls
 
     def _kv(self, layer: int, outputs: dict[Call, mx.array]) -> KV:
@@ -332,7 +331,10 @@ class KVTaps:
                 self._set_fused(i, FusedColumns.of(is_key, [c >= pieces[1] for c in range(width)]))
         unknown = [i for i, calls in enumerate(self._layers) if len(calls) == 1 and self._fused[i] is None]
         if unknown:
-            for i, is_key, is_value in self._reach(unknown):
+            asked = [self._layers[i][0] for i in unknown]
+            widths = [self.widths[i][0] for i in unknown]
+            reached = reached_columns(self.model, self.run, asked, widths)
+            for i, (is_key, is_value) in zip(unknown, reached, strict=True):
                 self._set_fused(i, FusedColumns.of(is_key, is_value))
 
     def _set_fused(self, layer: int, fused: FusedColumns) -> None:
@@ -342,47 +344,3 @@ class KVTaps:
             )
         self._fused[layer] = fused
         self.widths[layer] = (len(fused.keys), len(fused.values))
-
-    def _reach(self, layers: list[int]) -> Iterator[tuple[int, list[bool], list[bool]]]:
-        """Which columns of fused projections reach the cached keys and values, by a gradient's nonzeros."""
-        *keys, key = mx.random.split(mx.random.key(0), len(layers) + 1)
-        widths = [self.widths[i][0] for i in layers]
-        outputs = [mx.random.normal((1, 2, w), key=k) for w, k in zip(widths, keys, strict=True)]
-        calls = [self._layers[i][0] for i in layers]
-
-        def cached(outputs: list[mx.array], part: int) -> mx.array:
-            given = dict(zip(calls, outputs, strict=True))
-
-            def give(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
-                array = given.get(call)
-                return project(projection, x) if array is None else array.astype(x.dtype)
-
-            cache = make_prompt_cache(self.model)
-            self._run(mx.array([[0, 0]]), cache, give, Flow())
-            states = [c.keys_and_values()[part].astype(mx.float32) for c in cache]
-            return sum(((s * mx.random.normal(s.shape, key=key)).sum() for s in states), mx.array(0.0))
-
-        reach = [mx.grad(partial(cached, part=part))(outputs) for part in (0, 1)]
-        for i, *columns in zip(layers, *reach, strict=True):
-            reached: list[Any] = [mx.any(g != 0, axis=(0, 1)).tolist() for g in columns]
-            yield i, reached[0], reached[1]
-
-    def _check_injection(self) -> None:
-        """Prove that the cache depends on nothing but the injected arrays: other tokens, same cache."""
-        keys = [mx.random.key(i) for i in range(len(self))]
-        kv = [
-            KV(*(mx.random.normal((1, 16, w), key=k) for w in ws))
-            for ws, k in zip(self.widths, keys, strict=True)
-        ]
-        states = []
-        for seed in (0, 1):  # tokens from all over the vocabulary: some may be untrained and alike
-            tokens = mx.random.randint(0, self._vocabulary, (1, 16), key=mx.random.key(seed))
-            cache = make_prompt_cache(self.model)
-            self.inject(kv, tokens, cache, logits=False)
-            leaves = dict(tree_flatten([c.state for c in cache])).values()
-            states.append([a for a in leaves if isinstance(a, mx.array)])
-        same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*states, strict=True)]
-        if not mx.all(mx.stack(same)).item():
-            raise UnsupportedModelError(
-                f"{self.family}: its cache holds more than the outputs of its key and value projections"
-            )
