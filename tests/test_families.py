@@ -18,9 +18,9 @@ from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cac
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from kvpred_mlx.errors import UnsupportedModelError
+from kvpred_mlx.taps.fused import FusedColumns
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
-from kvpred_mlx.taps.sites import FusedColumns
 
 PROMPT = 2 * WINDOW + 4
 
