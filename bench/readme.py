@@ -1,4 +1,4 @@
-"""Write the tables of `bench/results/` into the README and docs/dial.md: `make readme`.
+"""Write the tables of `bench/results/` into the README and the pages beside them: `make readme`.
 
 Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`) and `<!-- end -->`.
 """

@@ -46,7 +46,7 @@ def pareto(
     progress: ProgressCallback = no_progress,
     finished: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Measure the front of a pair; the schema of what is returned is in docs/dial.md.
+    """Measure the front of a pair; the schema of what is returned is in docs/front.md.
 
     Args:
         data: without it (random weights) only FLOPs and times are measured.
