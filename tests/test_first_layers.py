@@ -299,3 +299,83 @@ def test_copies_of_a_cache_are_independent():
     copied = copy.deepcopy(cache)
     model(tokens(40, seed=1), cache=copied)
     assert cache[-1].size() == 40 and copied[-1].size() == 80
+
+
+def test_flops():
+    """The first layers and the maps are charged, and nothing above the depth but keys' and values' own products."""
+    from kvpred_mlx.bench.common.flops import full_prefill_flops, step_flops, ttft_flops
+
+    model, n = make_first_layers_pair("llama", [1, 2]), 80
+    base = model.base
+    width, kv = base.args.hidden_size, sum(KVTaps(base).widths[0])
+    flops = ttft_flops(model, n)
+    assert flops.exact == full_prefill_flops(base, n) and flops.auxiliary is None
+    layers = len(base.layers)
+    own = 2 * (n - 1) * width * kv  # keys and values of one layer: all that a prefill computes of the last
+    whole = (full_prefill_flops(base, n) - step_flops(base, n - 1) - own) / (layers - 1)
+    maps = own * (layers - 3)  # from what a layer reads to the keys and values of each behind it
+    expected = 2 * whole + own + maps + step_flops(base, n - 1)
+    assert flops.predicted == pytest.approx(expected, rel=0.03)
+    model.exact_positions = ExactPositions(depth=((1, 0.5), (2, 1.0)))
+    shallower = ttft_flops(model, n).predicted
+    model.exact_positions = ExactPositions(depth=((1, 1.0),))
+    assert ttft_flops(model, n).predicted < shallower < flops.predicted < flops.exact
+    model.exact_positions = ExactPositions(top=0.2)
+    assert flops.predicted < ttft_flops(model, n).predicted
+
+
+def test_bench_and_quality_of_a_first_layers_pair():
+    import numpy as np
+
+    from kvpred_mlx.bench.front.baselines import METHODS, usable
+    from kvpred_mlx.bench.ttft.run import BenchSettings, bench
+    from kvpred_mlx.making.quality import measure
+    from kvpred_mlx.making.windows import Windows
+
+    model = make_first_layers_pair("qwen3", [1])
+    results = bench(model, "pair", BenchSettings([64], trials=1, max_tokens=2))
+    shape = results["shapes"][0]
+    assert {run["mode"] for run in shape["runs"]} == {"exact", "predicted"}
+    assert shape["flops_ratio"] > 1 and min(shape["parts"][0].values()) > 0
+    assert "auxiliary" not in results["pair"]["weight_bytes"]
+    rows = np.array(tokens(60, batch=4))
+    cut = Windows(rows[:, :50], rows[:, 50:], np.arange(4), np.full(4, np.nan))
+    found = measure(model, cut)
+    assert set(found.modes) == {"exact", "predicted", "no prompt"}
+    explained = found.explained_variance["keys"]
+    assert explained[:2] == [1.0, 1.0] and max(explained[2:]) < 1
+    reasons = usable(model, list(METHODS))
+    assert list(reasons) == ["auxiliary"] and "no auxiliary model" in reasons["auxiliary"]
+    prompts = tokens(60, batch=2)
+    for name, method in METHODS.items():
+        if name not in reasons:
+            prefilled, cache = method.prefill(model, 0.2)(prompts)
+            assert mx.isfinite(prefilled(prompts[:, -1:], cache=cache)).all(), name
+            assert method.flops(model, 60, 0.2) > 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_joint_loss_of_a_first_layers_pair(checkpointed):
+    """The paper's loss with the maps behind the depth; only they have a gradient, as in finite differences."""
+    from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
+
+    model = make_first_layers_pair("llama", [1])
+    model.freeze()
+    model.predictor.unfreeze()
+    model.base_taps.checkpointed = checkpointed
+    loss, batch = KVPredictionLoss(model, LossWeights(z=1e-2)), tokens(33, batch=2)
+    value, gradient = nn.value_and_grad(model, lambda m: loss(m, batch)[0])(model)
+    flat = dict(nn.utils.tree_flatten(gradient))
+    assert set(flat) and all(name.startswith("predictor.first_1.") for name in flat)
+    name = "predictor.first_1.value_maps.0.bias"
+    maps, step = model.predictor.at(1).value_maps[0], 1e-2
+    direction = mx.random.normal(maps.bias.shape, key=mx.random.key(0))
+    before = maps.bias
+    ends = []
+    for sign in (1, -1):
+        maps.bias = before + sign * step * direction
+        ends.append(loss(model, batch)[0].item())
+    numeric = (ends[0] - ends[1]) / (2 * step)
+    assert numeric == pytest.approx((flat[name] * direction).sum().item(), rel=0.05)
+    terms = loss(model, batch)[1]
+    assert "auxiliary" not in terms and value.item() > 0

@@ -10,6 +10,7 @@ import typer
 
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.output import Output
 
 
 def fit(
@@ -41,7 +42,7 @@ def fit(
     from kvpred_mlx.making.settings import FitSettings
 
     models = making.Models(base, auxiliary, auxiliary_layers)
-    output = making.Output(mlx_path, overwrite, upload_repo)
+    output = Output(mlx_path, overwrite, upload_repo)
     settings = FitSettings(tokens, batch_size, making.check_source(source), layer_map, ridge, seed)
     output.check()
     check_paths(data or [])

@@ -11,6 +11,7 @@ import typer
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import one_pair, open_pair
+from kvpred_mlx.cli.output import show_figures
 from kvpred_mlx.console import numbers, progress_bar
 
 
@@ -60,4 +61,4 @@ def quality(
     if as_json:
         print(json.dumps([dataclasses.asdict(q) for q in figures]))
     else:
-        making.show_figures(figures)
+        show_figures(figures)

@@ -12,6 +12,7 @@ import typer
 
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.output import Output
 
 if TYPE_CHECKING:
     from kvpred_mlx.making.reports import Report
@@ -105,7 +106,7 @@ def train(
         )
     if learning_rate is None:
         learning_rate = LEARNING_RATES[optimizer]
-    output = making.Output(mlx_path, overwrite, upload_repo)
+    output = Output(mlx_path, overwrite, upload_repo)
     output.check()
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
