@@ -109,7 +109,9 @@ def test_the_server_has_mlx_lm_s_flags_and_defaults(monkeypatch):
     options = typer.main.get_command(app).commands["serve"].params
     ours = {o.opts[0]: o.default for o in options if o.opts[0].startswith("--")}
     assert theirs - ours.keys() == set()
-    assert ours.keys() - theirs == {"--exact", "--exact-first", "--exact-last", "--exact-top", "--draft"}
+    assert ours.keys() - theirs == {
+        *("--exact", "--exact-first", "--exact-last", "--exact-top", "--depth", "--draft")
+    }
     assert {name for name in theirs if str(ours[name]) != str(found[name])} == set()
     settings = ServerSettings()
     kept = theirs - {"--log-level", "--model"}
