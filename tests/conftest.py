@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
-import device  # noqa: F401  # first of all that imports MLX
+import backend  # first of all that imports MLX
+import mlx.core as mx
 import pytest
 
 from kvpred_mlx import cli
@@ -17,6 +19,18 @@ DATA = Path(__file__).with_name("data")
 # In a shell's background Ctrl-C is ignored, and what tests start would ignore it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """A test of a family is slow if its family is none of the quick ones: there are about ninety."""
+    from families import INJECTABLE, QUICK
+
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        named = {name for value in parameters for name in (value if isinstance(value, tuple) else (value,))
+                 if isinstance(name, str)}  # fmt: skip
+        if named & {*INJECTABLE} - QUICK:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +50,25 @@ def demo_pair():
     from kvpred_mlx.pair.loading import DEMO_PAIR
 
     return load(DEMO_PAIR)
+
+
+@pytest.fixture
+def compiling():
+    """`mx.compile` compiles, as it does outside the tests (see backend.py)."""
+    mx.enable_compile()
+    yield
+    if backend.ON_CPU:
+        mx.disable_compile()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_peak():
+    """The bench finds the peak of matrix products with small ones: large ones take a second each time."""
+    from kvpred_mlx.bench.common import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "matrix_product_peak", partial(machine.matrix_product_peak, size=256))
+        yield
 
 
 @pytest.fixture

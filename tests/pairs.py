@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +27,12 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def widths(source: str, family: str) -> list[tuple[int, int]]:
+    """The widths of a family's features: finding where keys and values come from takes as long as building it."""
+    return feature_widths(source, KVTaps(build(family)))
+
+
 def make_pair(
     base: str = "qwen3",
     auxiliary: str = "qwen2",
@@ -35,7 +42,7 @@ def make_pair(
     **options,
 ):
     base_model, auxiliary_model = build(base), build(auxiliary)
-    base_widths, auxiliary_widths = KVTaps(base_model).widths, feature_widths(source, KVTaps(auxiliary_model))
+    base_widths, auxiliary_widths = widths("kv", base), widths(source, auxiliary)
     n, m = len(base_widths), len(auxiliary_widths)
     layer_map = layer_map or [i * m // n for i in range(n)]
     mx.random.seed(seed)

@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import mlx.core as mx
 import pytest
 from conftest import fails
 from pairs import kv_entries, make_pair, tokens
+from processes import command
 
 from kvpred_mlx.bench.common import machine, results, statistics
 from kvpred_mlx.bench.common.presets import build_preset, find_preset, presets
@@ -323,8 +323,7 @@ def test_readme_shows_the_results():
 def test_interrupt_on_the_command_line(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from kvpred_mlx.cli import main; main()", "bench", "--prompt-lens", "40,510",
-         "--trials", "5", "-m", "1", "--no-plot", "--output-dir", out],
+        command("bench", "--prompt-lens", "40,510", "--trials", 2, "-m", 1, "--no-plot", "--output-dir", out),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (out / "results.json").exists() and process.poll() is None:

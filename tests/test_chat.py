@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 
 import mlx_lm.chat
@@ -16,6 +15,7 @@ import pytest
 import typer.main
 from conftest import fails
 from mlx_lm.utils import load_tokenizer
+from processes import command
 
 import kvpred_mlx
 from kvpred_mlx.cli import app
@@ -163,9 +163,8 @@ class Terminal:
 
     def __init__(self, *arguments):
         self._fd, theirs = pty.openpty()
-        command = [sys.executable, "-m", "kvpred_mlx", "chat", *arguments]
         self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+            command("chat", *arguments), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
         )
         os.close(theirs)
         self.seen = b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 import pytest
 import typer.main
 from conftest import DATA, fails
+from processes import command
 
 from kvpred_mlx.cli import app
 from kvpred_mlx.pair.loading import DEMO_PAIR
@@ -262,16 +264,7 @@ def test_help_does_not_import_mlx_lm():
 def test_interrupt_ends_cleanly():
     """Ctrl-C in the middle of the stream: the partial text stays, exit code 130, no traceback."""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from kvpred_mlx.cli import main; main()",
-            "generate",
-            "-p",
-            FUNCTION,
-            "-m",
-            "100000",
-        ],
+        command("generate", "-p", FUNCTION, "-m", 100_000),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,8 +278,8 @@ def test_interrupt_ends_cleanly():
 
 
 def test_closed_pipe_is_quiet():
-    command = f"{sys.executable} -c 'from kvpred_mlx.cli import main; main()' info | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    pipeline = f"{shlex.join(command('info'))} | head -c 1"
+    done = subprocess.run(pipeline, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import DATA, fails
+from processes import command
 
 from kvpred_mlx.bench.common.flops import ttft_flops
 from kvpred_mlx.bench.evaluate import candidate, sandbox, tasks
@@ -343,8 +345,13 @@ metric_list:
 
 @pytest.fixture
 def lm_eval_tasks(tmp_path, monkeypatch):
-    """A folder with two of lm-eval's tasks on local data."""
+    """A folder with two of lm-eval's tasks on local data; its own thousands are not read, and pip is not asked."""
     pytest.importorskip("lm_eval")
+    from kvpred_mlx.bench.evaluate import lm_eval_model
+
+    manager = functools.partial(lm_eval_model.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_model, "TaskManager", manager)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -420,17 +427,10 @@ def test_no_hub_is_one_line(tmp_path):
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_OFFLINE": "1",
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "kvpred_mlx",
-        "eval",
-        "--tasks",
-        "triviaqa",
-        "--output-dir",
-        str(tmp_path / "o"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    arguments = command("eval", "--tasks", "triviaqa", "--output-dir", tmp_path / "o")
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
     fails_at_the_end(
         (done.returncode, done.stdout, done.stderr), "mandarjoshi/trivia_qa", "--data takes a file"
     )

@@ -11,16 +11,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from families import INJECTABLE, LAYERS, NOT_BUILT, OVERRIDES, UNSUPPORTED, VOCAB, WINDOW, build, families
+from families import (
+    INJECTABLE,
+    LAYERS,
+    NOT_BUILT,
+    OVERRIDES,
+    QUICK,
+    UNSUPPORTED,
+    VOCAB,
+    WINDOW,
+    build,
+    families,
+)
 from mlx.utils import tree_flatten
 from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from kvpred_mlx.errors import UnsupportedModelError
+from kvpred_mlx.taps.fused import FusedColumns
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
-from kvpred_mlx.taps.sites import FusedColumns
 
 PROMPT = 2 * WINDOW + 4
 
@@ -122,6 +133,11 @@ def test_quantized_models_too(family: str, bits: int) -> None:
     taps = taps_of(family, bits)
     assert any(isinstance(m, nn.QuantizedLinear) for m in taps.model.modules())
     assert_identity(taps)
+
+
+@pytest.mark.parametrize("family", sorted(QUICK))
+def test_compiled_functions_too(family: str, compiling: None) -> None:
+    assert_identity(taps_of(family))
 
 
 @pytest.mark.parametrize("family", INJECTABLE)

@@ -145,6 +145,7 @@ def test_verbose(run):
         assert out.startswith(f"{'=' * 10}\n{answer}{'=' * 10}\nPrompt: 2 tokens") and "TTFT" in out
 
 
+@pytest.mark.slow
 def test_another_draft_model(run, theirs, draft_model, chat_pair, tmp_path):
     common = ["--model", chat_pair, "-p", FUNCTION, "-m", 12, "--verbose", "F", "--num-draft-tokens", 2]
     plain = run("generate", *common)[1]
@@ -185,6 +186,7 @@ def test_a_template_config_that_is_no_object(run, config):
     fails(run("generate", "-p", "x", "--chat-template-config", config), 2, "--chat-template-config", "object")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_prompt_goes_on_from_a_cache_file(run, theirs, cached, bits):
     """The model is the one that made the file; the text is mlx-lm's, with our own options too."""
@@ -200,6 +202,7 @@ def test_a_prompt_goes_on_from_a_cache_file(run, theirs, cached, bits):
     assert run("generate", *common[2:])[1] != expected
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_from_a_cache_file(run, theirs, cached, chat_pair, tmp_path):
     file = cached(chat_pair)
     common = ["--prompt-cache-file", file, "-p", "\n\n\nstack = Stack()", "-m", 12]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.utils
 import pytest
 from conftest import fails
 from families import OVERRIDES, build
 from mlx.utils import tree_flatten
 
-from kvpred_mlx import load
-from kvpred_mlx.making.pairing import keep_layers, load_part
+from kvpred_mlx import Predictor, load, load_model, save
+from kvpred_mlx.making.pairing import join, keep_layers, load_part
+from kvpred_mlx.making.regression import Sums
+from kvpred_mlx.pair.description import weight_bytes
 from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(3000))
 
@@ -101,8 +105,6 @@ def test_fit_from_the_bases_own_layers(models, tmp_path, run, source):
 def test_kept_layers_of_quantized_models(family, tmp_path, demo_pair):
     folder = write_model(tmp_path / family, family, demo_pair[1])
     base = load_part(str(folder))
-    import mlx.nn as nn
-
     nn.quantize(base.model, 32, 4)
     pruned = keep_layers(base, [0, 3])
     ours = dict(tree_flatten(pruned.model.layers[1].parameters()))
@@ -142,6 +144,7 @@ def test_quality_of_the_demo_pair(models, run):
         8,
         "--windows",
         4,
+        "--dequantize",
         "--json",
     )
     assert code == 0, err
@@ -155,6 +158,8 @@ def test_quality_of_the_demo_pair(models, run):
         models / "text.txt",
         "--prompt-tokens",
         32,
+        "--score-tokens",
+        8,
         "--windows",
         2,
         "--all-documents",
@@ -168,7 +173,6 @@ def test_bad_usage_is_one_line(models, tmp_path, run):
     fails(run("fit", *both, "--source", "keys"), 2, "--source", "expected one of kv, kv-joint, hidden")
     fails(run("fit", *both, "--layer-map", "0,0,9,9"), 2, "--layer-map", "expected auto, even, or 4")
     fails(run("fit", *both, "--auxiliary-layers", "0.5"), 2, "both given", "expected one of the two")
-    fails(run("fit", "--base", models / "base", "--data", data, "--mlx-path", out), 2, "neither given")
     fails(
         run("fit", "--data", data, "--auxiliary", models / "small", "--mlx-path", out), 2, "--base", "missing"
     )
@@ -249,7 +253,7 @@ def test_no_permission_and_a_full_disk(models, tmp_path, run, monkeypatch):
     monkeypatch.setattr(mlx_lm.utils, "save_model", full)
     code, _, err = run("fit", *arguments(models, tmp_path / "pair", "--tokens", 2000))
     assert code == 1 and "No space left on device" in err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "pair.fitting"]  # the sums: the next try begins with them
 
 
 def test_a_loss_that_is_not_a_number(models, tmp_path, run):
@@ -258,3 +262,180 @@ def test_a_loss_that_is_not_a_number(models, tmp_path, run):
     code, _, err = run("train", *arguments(models, out, *options, "--save-every", 1, "--grad-clip", 0))
     assert code == 1 and "try a lower learning rate" in err.splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_kept_layers_share_the_base_s_weights(tmp_path, demo_pair, bits):
+    """In memory when the pair is made and when it is loaded again, and on disk."""
+    folder = write_model(tmp_path / "base", "llama", demo_pair[1])
+    base = load_part(str(folder))
+    if bits:
+        nn.quantize(base.model, 32, bits)
+    mx.eval(base.model.parameters())
+    before = mx.get_active_memory()
+    pruned = keep_layers(base, [0, 2])
+    mx.eval(pruned.model.parameters())
+    assert mx.get_active_memory() - before < 0.05 * weight_bytes(base.model)
+    widths = KVTaps(pruned.model).widths
+    pair = join(base, pruned, Predictor([0, 0, 1, 1], widths, KVTaps(base.model).widths))
+    save(tmp_path / "pair", pair)
+    stored = mx.load(str(tmp_path / "pair" / "model.safetensors"))
+    assert not any(name.startswith("auxiliary.") for name in stored)
+    before = mx.get_active_memory()
+    again = load_model(tmp_path / "pair")
+    own = weight_bytes(again.base) + weight_bytes(again.predictor)
+    assert mx.get_active_memory() - before < 1.2 * own
+    prompt = mx.arange(1, 51)[None]
+    assert mx.array_equal(again(prompt), pair(prompt))
+
+
+def first_layers_arguments(models, out, *more):
+    return [
+        "fit", "--base", models / "base", "--data", models / "text.txt", "--mlx-path", out, "--max-seq-length", 96,
+        "--tokens", 3000, "--batch-size", 4, *more,
+    ]  # fmt: skip
+
+
+def test_fit_of_a_base_alone(models, tmp_path, run):
+    """Without auxiliary or layers the base's first half reads; the card has figures, and nothing else is left."""
+    out = tmp_path / "pair"
+    code, printed, err = run(*first_layers_arguments(models, out))
+    assert code == 0, err
+    pair, tokenizer = load(out)
+    assert pair.predictor.depths == (2,) and pair.auxiliary is None and tokenizer is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair"]
+    card = (out / "README.md").read_text()
+    assert "first 2 layers" in card and "| predicted |" in card and "| auxiliary |" not in card
+    assert "explained variance of keys" in printed
+    code, printed, _ = run("info", "--model", out)
+    assert code == 0 and "first layers: 2" in printed
+    code, printed, err = run(
+        "generate", "--model", out, "--prompt", "x = 1\n" * 40, "--max-tokens", 4, "--json"
+    )
+    assert code == 0 and json.loads(printed)["ttft"] > 0, err
+    fails(
+        run("generate", "--model", out, "--prompt", "x", "--draft-model", "auxiliary"),
+        1,
+        "no auxiliary model",
+    )
+    fails(
+        run("generate", "--model", out, "--prompt", "x", "--depth", "1"),
+        1,
+        "depth 1, expected one of the pair's: 2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths"), [("first:1", (1,)), ("first:0.25,0.5", (1, 2)), ("first:2,1", (1, 2))]
+)
+def test_fit_of_first_layers(models, tmp_path, run, layers, depths):
+    code, _, err = run(*first_layers_arguments(models, tmp_path / "pair", "--auxiliary-layers", layers))
+    assert code == 0, err
+    assert load_model(tmp_path / "pair").predictor.depths == depths
+
+
+@pytest.mark.parametrize("layers", ["first:", "first:0", "first:3", "first:x", "first:0.9"])
+def test_first_layers_that_cannot_be(models, tmp_path, run, layers):
+    result = run(*first_layers_arguments(models, tmp_path / "pair", "--auxiliary-layers", layers))
+    fails(result, 2, repr(layers), "expected first: and numbers of layers from 1 to 2")
+
+
+def test_a_pair_is_kept_when_its_figures_are_interrupted(models, tmp_path, run, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpred_mlx.making.quality.measure", interrupted)
+    code, _, err = run(*first_layers_arguments(models, tmp_path / "pair"))
+    assert code == 130 and "is saved, its card has no figures" in err
+    assert load_model(tmp_path / "pair").predictor.depths == (2,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pair"]
+
+
+def test_an_interrupted_fit_goes_on(models, tmp_path, run, monkeypatch):
+    """To the same predictor as one that was not interrupted; with other settings it is refused."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert run(*first_layers_arguments(models, whole))[0] == 0
+    read, count = Sums.read, []
+
+    def stopping(self, *args, **kwargs):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(1)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(Sums, "read", stopping)
+    assert run(*first_layers_arguments(models, again))[0] == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.fitting", "whole"]
+    monkeypatch.setattr(Sums, "read", lambda *a, **k: (count.append(1), read(*a, **k))[1])
+    fails(run(*first_layers_arguments(models, again, "--seed", 5)), 1, "a fit with other settings")
+    assert run(*first_layers_arguments(models, again))[0] == 0
+    assert len(count) == load_batches(models)
+    for (name, a), (_, b) in zip(
+        *(tree_flatten(load_model(p).parameters()) for p in (whole, again)), strict=True
+    ):
+        assert mx.array_equal(a, b), name
+
+
+def load_batches(models):
+    return 3000 // 96 // 4
+
+
+def test_several_kinds_of_data(models, tmp_path, run):
+    """Two paths, one with conversations, which need a chat template."""
+    chats = tmp_path / "chats.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": f"def f{i}(x):\n    return x + {i}\n" * 9}]}
+        for i in range(40)
+    ]
+    chats.write_text("\n".join(map(json.dumps, lines)))
+    result = run(*first_layers_arguments(models, tmp_path / "pair", "--data", chats))
+    assert result[0] == 1 and "no chat template" in result[2].splitlines()[-1]
+
+
+def test_calibration_text_without_a_network(models, tmp_path, run, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("kvpred_mlx.making.data.load_data", unreachable)
+    given = [
+        a
+        for a in first_layers_arguments(models, tmp_path / "pair")
+        if a not in ("--data", models / "text.txt")
+    ]
+    result = run(*given)
+    assert result[0] == 1 and "give text of your own with --data" in result[2].splitlines()[-1]
+    rows = mx.random.randint(1, 1000, (40, 96), key=mx.random.key(0))
+    monkeypatch.setattr("kvpred_mlx.making.data.load_data", lambda *a, **k: rows)
+    assert run(*given)[0] == 0
+
+
+@pytest.mark.parametrize("reads", ["first layers", "auxiliary"])
+def test_train_as_used(models, tmp_path, run, reads):
+    """From recorded windows; interrupted after the recording, nothing of it is made again."""
+    out, fitted = tmp_path / "trained", tmp_path / "fitted"
+    with_auxiliary = ["--auxiliary", models / "small"] if reads == "auxiliary" else []
+    assert run(*first_layers_arguments(models, fitted, *with_auxiliary))[0] == 0
+    options = ["--data", models / "text.txt", "--mlx-path", out, "--max-seq-length", 128, "--windows", 6]
+    command = [
+        "train",
+        "--model",
+        fitted,
+        *options,
+        "--as-used",
+        "--iters",
+        3,
+        "--batch-size",
+        2,
+        "--warmup",
+        0,
+    ]
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert "divergence" in err and "trained as it is used" in (out / "README.md").read_text()
+    before, after = load_model(fitted), load_model(out)
+    for name, array in tree_flatten(after.base.parameters()):
+        assert mx.array_equal(array, dict(tree_flatten(before.base.parameters()))[name])
+    changed = [n for n, a in tree_flatten(after.predictor.parameters())
+               if not mx.array_equal(a, dict(tree_flatten(before.predictor.parameters()))[n])]  # fmt: skip
+    assert changed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fitted", "trained", "trained.recording"]

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
-import sys
-import threading
-import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +13,7 @@ import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from pairs import difference, make_pair, tokens
+from processes import python, serving
 
 import kvpred_mlx
 from kvpred_mlx.pair.loading import DEMO_PAIR
@@ -44,7 +40,7 @@ def test_mlx_lm_load_gives_the_same_model(demo_pair):
 def test_mlx_lm_may_be_imported_before_or_after():
     for first, second in (("mlx_lm", "kvpred_mlx"), ("kvpred_mlx", "mlx_lm")):
         code = f"import {first}, {second}; m, _ = mlx_lm.load({str(DEMO_PAIR)!r}); print(type(m).__name__)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(python(code), capture_output=True, text=True, check=True)
         assert done.stdout == "Model\n"
         assert done.stderr == ""
 
@@ -119,7 +115,7 @@ def test_prompt_cache_file_loads_before_any_pair(demo_pair, tmp_path):
         "import kvpred_mlx\nfrom mlx_lm.models.cache import load_prompt_cache\n"
         f"print(type(load_prompt_cache({str(tmp_path / 'turn.safetensors')!r})[-1]).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(python(code), capture_output=True, text=True, check=True)
     assert done.stdout == "AuxiliaryCache\n"
 
 
@@ -173,36 +169,10 @@ def test_stream_generate_takes_the_auxiliary_as_draft(demo_pair):
 @pytest.fixture(scope="module")
 def server():
     """The stock server on a free port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = "import kvpred_mlx; from mlx_lm.server import main; main()"
-    arguments = [
-        "--model",
-        str(DEMO_PAIR),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--chat-template",
-        CHAT_TEMPLATE,
-    ]
-    process = subprocess.Popen([sys.executable, "-c", command, *arguments], stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        if process.poll() is not None:
-            pytest.fail("the server stopped: " + "".join(log)[-2000:])
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).read()
-            break
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(30)
-    assert "Traceback" not in "".join(log), "".join(log)
+    code = "import backend; from mlx_lm.server import main; main()"
+    arguments = ("--model", DEMO_PAIR, "--host", "127.0.0.1", "--chat-template", CHAT_TEMPLATE)
+    with serving(python(code, *arguments)) as (url, _, _):
+        yield url
 
 
 def complete(url, prompt, **options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
@@ -12,6 +11,7 @@ import typer
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from pairs import PAIRS, difference, make_first_layers_pair, make_pair, reference_cache, tokens
+from processes import command
 
 from kvpred_mlx import ExactPositions
 from kvpred_mlx.bench.studies import repair as bench
@@ -258,9 +258,8 @@ def test_what_cannot_be_repaired(demo_pair):
 
 def test_ctrl_c_on_the_command_line():
     process = subprocess.Popen(
-        [sys.executable, "-c", "from kvpred_mlx.cli import main; main()", "generate", "--repair",
-         "--repair-budget", "0.01", "-m", "400", "-p", "def add(a, b):\n    return a + b\n" * 20,
-         "--extra-eos-token", "\ufffd"],
+        command("generate", "--repair", "--repair-budget", 0.01, "-m", 400,
+                "-p", "def add(a, b):\n    return a + b\n" * 20, "--extra-eos-token", "\ufffd"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -329,7 +328,11 @@ def test_repair_of_a_first_layers_pair(base, dial):
     given = mx.concatenate([prompt, mx.array([found[:since]])], axis=1)
     assert found[since:] == exact_continuation(pair, given, len(found) - since)
     if dial is None or not dial.top:
-        assert pair.first_layers_reader.resumable(1) and not set(called) & {8, 16, 32}  # no slice begins below
+        assert pair.first_layers_reader.resumable(1) and not set(called) & {
+            8,
+            16,
+            32,
+        }  # no slice begins below
 
 
 def reference_cache_of_base(pair, everything):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +12,7 @@ import mlx_lm.server
 import openai
 import pytest
 from conftest import fails
+from processes import command, serving
 
 import kvpred_mlx
 from kvpred_mlx.bench.studies.soak import soak
@@ -36,26 +33,8 @@ PROMPT = (
 @pytest.fixture(scope="module")
 def served():
     """(URL, process, log) of a server with the bundled pair."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "kvpred_mlx", "serve", "--port", str(port), "--chat-template", TEMPLATE]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    log: list[str] = []
-    threading.Thread(target=lambda: log.extend(process.stderr), daemon=True).start()
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        if process.poll() is not None:
-            pytest.fail("the server stopped: " + "".join(log)[-2000:])
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).read()
-            break
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)
-    yield url, process, log
-    process.terminate()
-    process.wait(30)
-    assert "Traceback" not in "".join(log), "".join(log)
+    with serving(command("serve", "--chat-template", TEMPLATE)) as started:
+        yield started
 
 
 @pytest.fixture

@@ -70,6 +70,15 @@ def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tm
     assert mx.allclose(again(prompt), pair(prompt), atol=1e-4)
 
 
+@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
+def test_a_step_can_be_compiled(base, auxiliary, source, compiling):
+    """Traced, that is; on the CPU the kernels of all these would take minutes."""
+    trainer = joint_trainer(make_pair(base, auxiliary, source=source), data(), SETTINGS)
+    loss, terms = trainer._take_step._take(trainer._batches())
+    assert loss.shape == () and set(terms) == {"base", "auxiliary", "keys", "values"}
+
+
 def test_frozen_auxiliary():
     pair = make_pair()
     before = weights(pair)
@@ -124,7 +133,7 @@ def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled):
+def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled, compiling):
     straight, resumed, last = (make_pair() for _ in range(3))
     settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
     joint_trainer(straight, data(), settings, compiled=compiled).run()
@@ -237,6 +246,7 @@ def test_settings_refused():
 WORKER = """
 import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
+import without_torch
 import kvpred_mlx, mlx.core as mx
 from test_train import SETTINGS, data
 from pairs import make_pair

@@ -31,7 +31,7 @@ class Interval:
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
     """The median of the ratios pair by pair, trials side by side in one run."""
     ratios = np.asarray(numerators) / np.asarray(denominators)
-    return _interval((ratios,), lambda sample: float(np.median(sample)), seed)
+    return _interval((ratios,), lambda sample, axis=-1: np.median(sample, axis), seed)
 
 
 def share(right: Sequence[float]) -> dict[str, float]:
@@ -67,7 +67,7 @@ def paired_shares(right: Sequence[bool], other: Sequence[bool]) -> dict[str, flo
 def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
     """Median over median of two independent samples."""
     samples = (np.asarray(numerators), np.asarray(denominators))
-    return _interval(samples, lambda a, b: float(np.median(a) / np.median(b)), seed)
+    return _interval(samples, lambda a, b, axis=-1: np.median(a, axis) / np.median(b, axis), seed)
 
 
 def spread(samples: Sequence[float]) -> float:
@@ -76,13 +76,13 @@ def spread(samples: Sequence[float]) -> float:
 
 
 def _interval(samples: tuple[np.ndarray, ...], statistic: Any, seed: int) -> Interval:
-    middle = statistic(*samples)
+    middle = float(statistic(*samples))
     if min(len(sample) for sample in samples) < 2:
         return Interval(middle, middle, middle)
     with warnings.catch_warnings():  # equal samples have an interval too: their value
         warnings.simplefilter("ignore")
         result = bootstrap(
-            samples, statistic, vectorized=False, method="percentile", n_resamples=2000,
+            samples, statistic, vectorized=True, method="percentile", n_resamples=2000,
             rng=np.random.default_rng(seed),
         )  # fmt: skip
     return Interval(middle, *map(float, result.confidence_interval))

@@ -14,7 +14,7 @@ from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import OpenedPair, locate, open_for_measuring, preset_name
 from kvpred_mlx.cli.values import check_installed, set_device
-from kvpred_mlx.console import numbers, progress_bar
+from kvpred_mlx.console import numbers, progress_bar, read_text
 
 if TYPE_CHECKING:
     from kvpred_mlx.bench.ttft.run import Results
@@ -61,6 +61,10 @@ def bench(
     given_dial = dial(exact_first, exact_last, exact_top, depth)
     if model is not None and preset is not None:
         raise typer.BadParameter("given with --model, expected one of the two", param_hint="--preset")
+    if prompt_file is not None and preset is not None:
+        raise typer.BadParameter(
+            "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
+        )
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
     batches = numbers("--batch-sizes", batch_sizes or ["1"], 1)
     steps = numbers("--prefill-step-size", prefill_step_size or ["2048"], 1)
@@ -75,7 +79,7 @@ def bench(
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
     check_new(folder)
     notes = [] if path is None else _check_context(path, lengths, model is None)
-    text = None if prompt_file is None else _read_text(prompt_file, preset)
+    text = None if prompt_file is None else read_text("--prompt-file", prompt_file)
     opened = open_for_measuring(path, preset, dtype, seed, given_dial)
     prompt = None if text is None else _prompt(opened, text, prompt_file, max(lengths))
     results: Results = {}
@@ -138,20 +142,6 @@ def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
             param_hint="--prompt-lens",
         )
     return [f"the demo pair was made for {context} tokens: longer prompts show times only"] if over else []
-
-
-def _read_text(path: Path, preset: str | None) -> str:
-    if preset is not None:
-        raise typer.BadParameter(
-            "given with --preset, which has no tokenizer, expected --model", param_hint="--prompt-file"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise typer.BadParameter(
-            f"{path}: {reason}, expected a text file", param_hint="--prompt-file"
-        ) from error
 
 
 def _list_presets() -> None:

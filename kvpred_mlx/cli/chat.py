@@ -64,7 +64,7 @@ def chat(
         "max_kv_size": max_kv_size,
     }
     if draft_model or draft:
-        options |= {"draft_model": opened.pair.auxiliary, "num_draft_tokens": num_draft_tokens}
+        options |= {"draft_model": opened.pair.auxiliary_model, "num_draft_tokens": num_draft_tokens}
     conversation = Conversation(opened.pair, tokenizer, system_prompt, opened.context, **options)
     shown = Namespace(
         model=opened.name, adapter_path=None, max_tokens=max_tokens, system_prompt=system_prompt

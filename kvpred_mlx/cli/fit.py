@@ -50,7 +50,7 @@ def fit(
         shutil.rmtree(sums, ignore_errors=True)
     chosen = models.load()
     training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
-    begun = making.fit_pair(chosen, training, max_seq_length, settings, sums)
+    begun = making.fit_pair(chosen, training, data or [], max_seq_length, settings, sums)
     begun.made += ["Made with `kvpred-mlx fit`, not trained."]
     output.save(begun)
     shutil.rmtree(sums, ignore_errors=True)

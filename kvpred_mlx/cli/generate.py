@@ -197,7 +197,7 @@ def _encode(opened: OpenedPair, template: ChatTemplate, text: str, saved: SavedC
 def _draft(name: str | None, opened: OpenedPair) -> Any:
     """The draft model; another model than the auxiliary must know the same tokens, as far as mlx-lm asks."""
     if name is None or name == "auxiliary":
-        return opened.pair.auxiliary if name else None
+        return opened.pair.auxiliary_model if name else None
     from kvpred_mlx.making.pairing import load_part
 
     loaded = load_part(name)

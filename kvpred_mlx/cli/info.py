@@ -28,13 +28,18 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [f"{facts['path']}: {facts['bytes'] / 1e6:.1f} MB on disk"]
     for role in ("base", "auxiliary", "predictor"):
         part = facts[role]
+        if part is None:
+            continue
         family = f"{part['model_type']}, {part['layers']} layers, " if "layers" in part else ""
         lines.append(
             f"{role + ':':<11}{family}{part['parameters'] / 1e6:.2f} M parameters, "
             f"{part['bytes'] / 1e6:.2f} MB, {part['dtype']}{_quantization(part)}"
         )
-    lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
-    lines.append(f"source:    {facts['source']}")
+    if facts["first_layers"]:
+        lines.append(f"read by:   the base's first layers: {' or '.join(map(str, facts['first_layers']))}")
+    else:
+        lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
+        lines.append(f"source:    {facts['source']}")
     lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
     lines.append(f"predicts prompts of more than {facts['min_prompt_tokens']} tokens")
     if facts["exact_positions"]:

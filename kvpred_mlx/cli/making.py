@@ -116,11 +116,17 @@ def check_source(source: str | None) -> str:
 
 
 def fit_pair(
-    chosen: Chosen, documents: list[str], max_seq_length: int, settings: FitSettings, sums: Path | None = None
+    chosen: Chosen,
+    documents: list[str],
+    data: list[Path],
+    max_seq_length: int,
+    settings: FitSettings,
+    sums: Path | None = None,
 ) -> Begun:
     """Fit a predictor in closed form.
 
     Args:
+        documents: read from `data`.
         sums: the folder in which an interrupted fit is gone on with.
     """
     from kvpred_mlx.making.fit import fit, fit_first_layers
@@ -129,7 +135,7 @@ def fit_pair(
     from kvpred_mlx.taps.kv_taps import KVTaps
 
     base, second = chosen.base, chosen.auxiliary
-    taps, packed = KVTaps(base.model), pack(base.tokenizer, documents, max_seq_length)
+    taps, packed = KVTaps(base.model), pack(base.tokenizer, documents, max_seq_length, data)
     if second is None:
         depths = chosen.depths or []
         with progress_bar("fitting") as progress:
@@ -171,7 +177,7 @@ def read_data(data: list[Path], text_key: str, tokenizer: Any = None) -> tuple[l
     """
     from kvpred_mlx.making.data import calibration_text, read_documents, split
 
-    named = ", ".join(map(str, data)) or "mlx-lm's calibration text"
+    named = names_of(data)
     with progress_bar(f"reading {named}"):
         documents = (document for path in data for document in read_documents(path, text_key, tokenizer))
         training, held_out = split(documents if data else calibration_text(tokenizer))
@@ -198,13 +204,21 @@ def dequantize(pair: KVPredictionModel) -> None:
     mx.eval(pair.parameters())
 
 
-def pack(tokenizer: Any, documents: list[str], length: int) -> PackedSequences:
-    """Documents as packed sequences of `length` tokens."""
+def names_of(data: list[Path]) -> str:
+    """What messages call the text."""
+    return ", ".join(map(str, data)) or "mlx-lm's calibration text"
+
+
+def pack(tokenizer: Any, documents: list[str], length: int, data: list[Path]) -> PackedSequences:
+    """Documents, read from `data`, as packed sequences of `length` tokens."""
     from kvpred_mlx.making.data import PackedSequences, encode
 
     if tokenizer is None:
         raise ValueError("the base has no tokenizer, so text cannot be read")
-    return PackedSequences.of(encode(tokenizer, documents), length, tokenizer.eos_token_id)
+    try:
+        return PackedSequences.of(encode(tokenizer, documents), length, tokenizer.eos_token_id)
+    except ValueError as error:
+        raise ValueError(f"{names_of(data)}: {error}") from error
 
 
 def held_out_figures(

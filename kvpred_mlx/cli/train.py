@@ -123,7 +123,7 @@ def train(
     else:
         chosen = models.load()
         training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
-        begun = making.fit_pair(chosen, training, max_seq_length, fit)
+        begun = making.fit_pair(chosen, training, data or [], max_seq_length, fit)
     with restored_types(begun.pair):
         if as_used:
             folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")
@@ -132,7 +132,7 @@ def train(
             trainer = as_used_trainer(begun.pair, recording, settings, weights, states)
             how = f"The predictor was trained as it is used on {iters * batch_size:,} windows"
         else:
-            packed = making.pack(begun.tokenizer, training, max_seq_length)
+            packed = making.pack(begun.tokenizer, training, max_seq_length, data or [])
             joint = LossWeights(auxiliary_loss, 1.0 if kv_loss is None else kv_loss, z_loss)
             trainer = joint_trainer(
                 begun.pair, packed, settings, joint, states,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -46,7 +47,10 @@ def joint_trainer(
     trained: dict[str, nn.Module] = {"predictor": pair.predictor}
     if pair.auxiliary is not None:
         pair.auxiliary_taps.checkpointed = grad_checkpoint
-        trained |= {} if freeze_auxiliary else {"auxiliary": pair.auxiliary}
+        if not freeze_auxiliary:
+            trained["auxiliary"] = pair.auxiliary
+            if pair.args is not None:  # from now on its weights are no longer the base's
+                pair.args = dataclasses.replace(pair.args, auxiliary_layers=None)
     quantized = [name for name, module in trained.items() if quantization_config(module)]
     if quantized:
         hint = ", or --freeze-auxiliary" if quantized == ["auxiliary"] else ""

@@ -6,13 +6,13 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.errors import UnsupportedModelError, one_line
+from kvpred_mlx.pair.kept_layers import KeptLayers
 from kvpred_mlx.pair.loading import TOKENIZER_FILES, find_pair
 from kvpred_mlx.pair.model import MIN_PROMPT_TOKENS, KVPredictionModel, ModelArgs, build_model
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
@@ -33,12 +33,14 @@ class LoadedModel:
         model: the model.
         config: its `config.json`.
         tokenizer: None if it has none.
+        layers: of the base, if it is made of some of its layers.
     """
 
     name: str
     model: nn.Module
     config: dict[str, Any]
     tokenizer: TokenizerWrapper | None = None
+    layers: list[int] | None = None
 
 
 def load_part(path_or_hf_repo: str) -> LoadedModel:
@@ -94,36 +96,27 @@ def check_same_tokenizer(base: LoadedModel, auxiliary: LoadedModel) -> None:
 
 
 def keep_layers(base: LoadedModel, kept: list[int]) -> LoadedModel:
-    """An auxiliary made of some of the base's layers (paper, KVP-LP), with copies of its weights.
+    """An auxiliary made of some of the base's layers (paper, KVP-LP), with the base's own weights, not copies.
 
     Raises:
         UnsupportedModelError: the family's config does not tell its number of layers in a known way.
     """
     config = _with_layers(copy.deepcopy(base.config), len(base.model.layers), kept)
     model = build_model(config)
-    prefix = _layers_prefix(base.model)
-    if len(model.layers) != len(kept) or prefix is None:
+    if len(model.layers) != len(kept):
         raise UnsupportedModelError(f"{base.config['model_type']}: layers cannot be left out of this family")
-
-    def original(name: str) -> str:
-        if not name.startswith(f"{prefix}."):
-            return name
-        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-        return f"{prefix}.{kept[int(number)]}" + (f".{rest}" if rest else "")
-
+    layers = KeptLayers(base.model, kept)
     quantized = {n: m for n, m in base.model.named_modules() if "scales" in m and hasattr(m, "bits")}
 
     def like_the_base(name: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = quantized.get(original(name))
+        found = quantized.get(layers.original(name))
         return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode} if found else False
 
     if quantized:
         nn.quantize(model, class_predicate=like_the_base)
-    weights = dict(tree_flatten(base.model.parameters()))
-    names = dict(tree_flatten(model.parameters()))
-    model.load_weights([(name, mx.array(weights[original(name)])) for name in names])
-    mx.eval(model.parameters())
-    return LoadedModel(f"{base.name}, layers {','.join(map(str, kept))}", model, config, base.tokenizer)
+    model.load_weights(list(layers.shared(dict(tree_flatten(base.model.parameters()))).items()))
+    name = f"{base.name}, layers {','.join(map(str, kept))}"
+    return LoadedModel(name, model, config, base.tokenizer, kept)
 
 
 def join(
@@ -140,6 +133,7 @@ def join(
         list(predictor.layer_map),
         min_prompt_tokens,
         predictor.source,
+        auxiliary_layers=auxiliary.layers,
     )
     return KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens, args=args)
 
@@ -169,11 +163,3 @@ def _with_layers(config: dict[str, Any], n_layers: int, kept: list[int]) -> dict
             elif isinstance(value, list) and len(value) == n_layers:
                 part[name] = [value[i] for i in kept]
     return config
-
-
-def _layers_prefix(model: nn.Module) -> str | None:
-    first = model.layers[0]
-    for name, module in model.named_modules():
-        if module is first:
-            return name.rpartition(".")[0]
-    return None

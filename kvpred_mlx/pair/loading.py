@@ -95,11 +95,20 @@ def save(
         FileExistsError: `path` is there and `overwrite` is false, or it is not a model directory.
     """
     with new_directory(Path(path), overwrite) as directory:
-        mlx_lm.utils.save_model(directory, model)
+        mlx_lm.utils.save_model(directory, _stored(model))
         mlx_lm.utils.save_config(pair_config(model), directory / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         extras(directory)
+
+
+def _stored(model: KVPredictionModel) -> nn.Module:
+    """The parts whose weights are written: not an auxiliary's that are the base's own."""
+    if not (model.args and model.args.auxiliary_layers):
+        return model
+    stored = nn.Module()
+    stored.base, stored.predictor = model.base, model.predictor
+    return stored
 
 
 def pair_config(model: KVPredictionModel) -> dict[str, Any]:
@@ -113,6 +122,8 @@ def pair_config(model: KVPredictionModel) -> dict[str, Any]:
             "layer_map": list(model.predictor.layer_map),
             "source": model.predictor.source,
         }
+        if model.args and model.args.auxiliary_layers:
+            config["auxiliary_layers"] = model.args.auxiliary_layers
     config["min_prompt_tokens"] = model.min_prompt_tokens
     if model.exact_positions:
         config["exact_positions"] = model.exact_positions.as_dict()

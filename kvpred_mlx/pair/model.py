@@ -15,6 +15,7 @@ from kvpred_mlx._registration import announce_config
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.dialled import read_prompt
+from kvpred_mlx.pair.kept_layers import KeptLayers
 from kvpred_mlx.pair.parts import PairParts
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.pair.sources import check_source, feature_widths
@@ -108,6 +109,7 @@ class ModelArgs(BaseModelArgs):
         layer_map, source: of a pair with an auxiliary (`Predictor`).
         min_prompt_tokens, exact_positions: see `KVPredictionModel`.
         first_layers: how many of the base's layers read: the depths that there are maps for.
+        auxiliary_layers: the auxiliary is these layers of the base, with its weights, which are then stored once.
 
     Raises:
         ValueError: an entry is not of its type.
@@ -121,6 +123,7 @@ class ModelArgs(BaseModelArgs):
     source: str = "kv"
     exact_positions: dict[str, Any] | None = None
     first_layers: list[int] | None = None
+    auxiliary_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         kinds = {"base": dict, "min_prompt_tokens": int}
@@ -165,6 +168,15 @@ class Model(KVPredictionModel):
             widths = feature_widths(args.source, auxiliary)
             predictor = Predictor(args.layer_map, widths, base.widths, args.source)
         super().__init__(base, auxiliary, predictor, args.min_prompt_tokens, args.dial(), args)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """mlx-lm's hook between reading a pair's files and loading its weights: what is stored once serves twice."""
+        kept = self.args and self.args.auxiliary_layers
+        if not kept:
+            return weights
+        base = {n.removeprefix("base."): w for n, w in weights.items() if n.startswith("base.")}
+        shared = KeptLayers(self.base, kept).shared(base)
+        return weights | {f"auxiliary.{name}": array for name, array in shared.items()}
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
