@@ -94,6 +94,8 @@ USED: dict[str, dict[str, str]] = {
         "make_prompt_cache": "model max_kv_size",
         "trim_prompt_cache": "cache num_tokens",
     },
+    # making/data.py: the text that mlx-lm calibrates quantization with
+    "mlx_lm.quant.utils": {"load_data": "tokenizer num_samples sequence_length"},
     # serving/: subclasses of the server's classes
     "mlx_lm.server": {
         "APIHandler": "response_generator",
