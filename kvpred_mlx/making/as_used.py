@@ -56,7 +56,7 @@ class AsUsedLoss:
     """
 
     def __init__(self, recording: Recording, weights: AsUsedWeights | None = None, depth: int | None = None):
-        self._recording, self._weights, self._depth = recording, weights or AsUsedWeights(), depth
+        self.recording, self._weights, self._depth = recording, weights or AsUsedWeights(), depth
 
     def __call__(self, pair: KVPredictionModel, batch: Batch) -> tuple[mx.array, Terms]:
         """The loss of some windows, and its terms by name, not yet weighted."""
@@ -76,16 +76,16 @@ class AsUsedLoss:
         return self._answer(pair, batch)[0]
 
     def _answer(self, pair: KVPredictionModel, batch: Batch) -> tuple[mx.array, list[KV], list[KV]]:
-        predicted, true = self._entries(pair, batch)
+        predicted, true = self.entries(pair, batch)
         prompts, continuations = batch["prompts"], batch["continuations"]
         cache = make_prompt_cache(pair.base)
         pair.base_taps.inject(predicted, prompts[:, :-1], cache, logits=False)
         answers = mx.concatenate([prompts[:, -1:], continuations[:, :-1]], axis=1)
         return pair.base(answers, cache=cache).astype(mx.float32), predicted, true
 
-    def _entries(self, pair: KVPredictionModel, batch: Batch) -> tuple[list[KV], list[KV]]:
+    def entries(self, pair: KVPredictionModel, batch: Batch) -> tuple[list[KV], list[KV]]:
         """Keys and values of every layer as the pair fills them, and the true ones."""
-        true = self._recording.split_kv(batch["kv"])
+        true = self.recording.split_kv(batch["kv"])
         predictor = pair.predictor
         if isinstance(predictor, FirstLayersPredictor):
             depth = predictor.depths[-1] if self._depth is None else self._depth

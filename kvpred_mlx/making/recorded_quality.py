@@ -20,6 +20,7 @@ def score(
     recording: Recording,
     depth: int | None = None,
     *,
+    loss: AsUsedLoss | None = None,
     batch_size: int = 4,
     progress: ProgressCallback = no_progress,
 ) -> Scores:
@@ -31,8 +32,9 @@ def score(
 
     Args:
         depth: of a first-layers pair (None: the deepest).
+        loss: makes the entries in another way (`AsUsedLoss.entries`).
     """
-    loss = AsUsedLoss(recording, depth=depth)
+    loss = loss or AsUsedLoss(recording, depth=depth)
     found: list[Scores] = []
     for start in range(0, len(recording), batch_size):
         batch = recording.rows(slice(start, min(start + batch_size, len(recording))))
