@@ -65,7 +65,7 @@ def test_unknown_options(run, name):
         ("studies.repair", [], 2, ["--data"]),
         (
             "studies.repair",
-            ["--data", __file__, "--prompt-tokens", "100000"],
+            ["--data", __file__, "--prompt-lens", "100000"],
             2,
             ["--data", "at least 100000"],
         ),
@@ -139,3 +139,44 @@ def test_as_a_module():
     assert (
         done.stderr.startswith("draft: error: Invalid value for '--trials'") and done.stderr.count("\n") == 1
     )
+
+
+def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
+    """A study of a tiny base from recording to training, gone on with, and the forms on what it recorded."""
+    from test_making import write_model
+
+    write_model(tmp_path / "base", "qwen3", demo_pair[1])
+    text = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(900))
+    for name in ("train", "held"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            (tmp_path / name / f"{i}.py").write_text(text[i * 99 :][:20000])
+    command_line = [
+        "--base", tmp_path / "base", "--depths", "1,2", "--data", tmp_path / "train", "--held-out", tmp_path / "held",
+        "--folder", tmp_path / "out", "--windows", 5, "--counts", "3,5", "--held-windows", 3, "--recall", 1,
+        "--iters", 2, "--batch-size", 2, "--every", 1, "--trained", 2,
+    ]  # fmt: skip
+    code, _, err = run("studies.first_layers", *command_line)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    ways = [(row["depth"], row["way"]) for row in results["rows"]]
+    assert ways == [
+        *((k, f"closed form, {c} windows") for c in (3, 5) for k in (1, 2)),
+        *((2, f"trained, {i} steps") for i in (1, 2)),
+    ]
+    for row in results["rows"]:
+        assert row["held-448"]["agreement"]["mean"] <= 1 and row["recall-448"]["recalled"]["mean"] <= 1
+    assert run("studies.first_layers", *command_line)[0] == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["rows"] == results["rows"]
+    forms = ["--base", tmp_path / "base", "--folder", tmp_path / "out", "--depth", 2, "--joined", "1"]
+    code, _, err = run("studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "forms-2.json").read_text())["forms"]
+    assert list(found) == [
+        "linear", "rank 4", "rank 64", "joined with layer 1", "weighted by attention", "gated MLP, 8 wide"
+    ]  # fmt: skip
+    zero = found["rank 64"]["over linear"]["agreement"]
+    assert (
+        zero["mean"] == found["linear"]["over linear"]["agreement"]["mean"] == 0
+    )  # as many ranks as features

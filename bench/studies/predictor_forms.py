@@ -1,9 +1,9 @@
 """Forms of a predictor, compared on what a study of first layers has recorded.
 
-`python -m kvpred_mlx.bench.studies.predictor_forms --base BASE --folder FOLDER --depth 14 --joined 7,10`, with the folder
-of `kvpred_mlx.bench.studies.first_layers`: the linear map, features of several layers joined, regression weighted by the
-attention that the base pays to each token, low-rank maps, and a small gated MLP beside the linear map; differences from
-the linear map are paired, window by window.
+`python -m kvpred_mlx.bench.studies.predictor_forms --base BASE --folder FOLDER --depth 14 --joined 7,10`, with the
+folder of `kvpred_mlx.bench.studies.first_layers`: the linear map, features of several layers joined, regression
+weighted by the attention that the base pays to each token, low-rank maps, and a small gated MLP beside the linear map;
+differences from the linear map are paired, window by window.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Forms:
         return tuple(Ridge(whole).solve(whole, ridge))  # type: ignore[return-value]
 
     def _attention(self) -> np.ndarray:
-        """How much the answers' last tokens attend to each token, `[W, P - 1]`: half of it, and half the same for all."""
+        """How much the answers' last tokens attend to each token, `[W, P - 1]`: and half as much again to all alike."""
         found, listener = [], Importance(self._taps.model)
         for i in range(len(self._train)):
             batch = self._train.rows([i])

@@ -92,7 +92,7 @@ def report(plain: Sequence[Answer], repaired: Sequence[Answer], width: int) -> l
 def main(
     data: Annotated[Path, typer.Option(help="Held-out text; it is cut into prompts.")],
     model: command.Model = None,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt.")] = 448,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-lens", min=2, help="Tokens of a prompt.")] = 448,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=3, help="Tokens to generate.")] = 64,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 20,
     budget: Annotated[float, typer.Option(help="Share of decoding's time that repair may take.")] = BUDGET,
