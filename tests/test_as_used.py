@@ -186,5 +186,9 @@ def test_recordings_of_other_pairs_are_refused(tmp_path):
         as_used_trainer(make_first_layers_pair("qwen3", [2]), recording, SETTINGS)
     with pytest.raises(ValueError, match="with another base"):
         as_used_trainer(make_first_layers_pair("openelm", [1]), recording, SETTINGS)
+    with pytest.raises(ValueError, match="with other models of the same shapes"):
+        other = make_first_layers_pair("qwen3", [1])
+        other.base.model.norm.weight = other.base.model.norm.weight + 1
+        as_used_trainer(other, recording, SETTINGS)
     facts = json.loads((tmp_path / "recorded" / FACTS).read_text())
     assert facts["done"] == 6

@@ -172,6 +172,7 @@ def test_allocation_that_fails_is_skipped(monkeypatch):
     assert found["skipped"][0]["reason"].startswith("[malloc]")
 
 
+@pytest.mark.slow
 def test_interrupting_keeps_finished_shapes(tmp_path):
     def stop(done, total, what):
         if what.startswith("48"):
@@ -239,6 +240,7 @@ def test_preset_that_does_not_fit(monkeypatch):
 # The command line
 
 
+@pytest.mark.slow
 def test_command(run, tmp_path):
     out = tmp_path / "out"
     code, stdout, err = run(
@@ -254,6 +256,7 @@ def test_command(run, tmp_path):
     fails(run("bench", "--prompt-lens", 40, "--output-dir", out), 1, "already", "--output-dir")
 
 
+@pytest.mark.slow
 def test_json_and_given_prompt(run, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x\n" * 50)
@@ -263,6 +266,7 @@ def test_json_and_given_prompt(run, tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
 
 
+@pytest.mark.slow
 def test_preset_list(run):
     code, stdout, _ = run("bench", "--preset", "list")
     assert code == 0 and all(name in stdout for name in presets())
@@ -320,6 +324,7 @@ def test_readme_shows_the_results():
         assert with_tables(text) == text  # else: make readme
 
 
+@pytest.mark.slow
 def test_interrupt_on_the_command_line(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(

@@ -46,6 +46,7 @@ def test_batches(pieces):
             assert mx.allclose(a.keys_and_values()[0][row], b.keys_and_values()[0][0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inside_a_transformation(pieces, compiling):
     """Where nothing can be evaluated, the call stays lazy."""
     pair, prompt = make_pair(), tokens(75)

@@ -79,6 +79,7 @@ def test_the_known_solution_passes(row):
     assert tasks.check(row, row["canonical_solution"]) == sandbox.Outcome(True, "passed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("completion", "reason"),
     [
@@ -109,6 +110,7 @@ def test_candidates_that_do_not_pass(completion, reason):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attempt",
     [
@@ -190,6 +192,7 @@ def test_intervals():
     assert 0.69 < low < 0.75 < high < 0.81
 
 
+@pytest.mark.slow
 def test_mean_flops(demo_pair, monkeypatch):
     pair = demo_pair[0]
     monkeypatch.setattr(pair, "min_prompt_tokens", 1)
@@ -219,6 +222,7 @@ def arguments(folder, *extra, tasks="triviaqa,humaneval"):
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_run(run, tmp_path):
     code, out, err = run(*arguments(tmp_path / "out", "--limit", 1, "--num-samples", 0, "--json"))
     assert code == 0, err
@@ -239,6 +243,7 @@ def test_a_whole_run(run, tmp_path):
     assert len(items) == 6 and len(items[-1]["answers"]) == len(items[-1]["reasons"]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     options = ["--modes", "exact,predicted", "--no-plot"]
@@ -275,6 +280,7 @@ def fails_at_the_end(result, *parts):
     assert all(part in last for part in parts), last
 
 
+@pytest.mark.slow
 def test_right_answers_score(demo_pair, tmp_path, monkeypatch):
     """The exact mode answers rightly, the predicted one half of the time: scores and retention say so."""
     answers = {"Question: Which": " mars", "Question: Who": " Bram Stoker"}
@@ -361,6 +367,7 @@ def lm_eval_tasks(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval(run, lm_eval_tasks, tmp_path):
     options = ["--include-path", lm_eval_tasks, "--output-dir", tmp_path / "out", "--json", "--no-plot"]
     code, out, err = run("eval", "--tasks", "local_choices,local_until", *options)
@@ -422,6 +429,7 @@ def test_wrong_usage(run, given, parts):
     fails(run("eval", *given), 2, *parts)
 
 
+@pytest.mark.slow
 def test_no_hub_is_one_line(tmp_path):
     environment = os.environ | {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -29,6 +29,7 @@ def texts(model, tokenizer, prompt, **options):
     return "".join(r.text for r in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=12, **options))
 
 
+@pytest.mark.slow
 def test_mlx_lm_load_gives_the_same_model(demo_pair):
     model, tokenizer = mlx_lm.load(str(DEMO_PAIR))
     assert isinstance(model, kvpred_mlx.KVPredictionModel)
@@ -37,6 +38,7 @@ def test_mlx_lm_load_gives_the_same_model(demo_pair):
     assert texts(model, tokenizer, PROMPT) == texts(*demo_pair, PROMPT) != ""
 
 
+@pytest.mark.slow
 def test_mlx_lm_may_be_imported_before_or_after():
     for first, second in (("mlx_lm", "kvpred_mlx"), ("kvpred_mlx", "mlx_lm")):
         code = f"import {first}, {second}; m, _ = mlx_lm.load({str(DEMO_PAIR)!r}); print(type(m).__name__)"
@@ -78,6 +80,7 @@ def test_prefill_step_size_does_not_change_mlx_lm_s_tokens(demo_pair, step):
     assert all(mx.allclose(a, b, atol=1e-3) for (_, a), (_, b) in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [34, 65, 66, 71])
 @pytest.mark.parametrize("step", [1, 2, 7, 16, 64])
 def test_any_step_size_gives_the_same_cache(demo_pair, length, step):
@@ -106,6 +109,7 @@ def test_prompt_cache_files(demo_pair, tmp_path):
     assert first and went_on
 
 
+@pytest.mark.slow
 def test_prompt_cache_file_loads_before_any_pair(demo_pair, tmp_path):
     model, tokenizer = demo_pair
     cache = make_prompt_cache(model)
@@ -119,6 +123,7 @@ def test_prompt_cache_file_loads_before_any_pair(demo_pair, tmp_path):
     assert done.stdout == "AuxiliaryCache\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_kv_size": 64}, {"kv_bits": 8, "quantized_kv_start": 0}])
 def test_cache_options(demo_pair, options):
     model, tokenizer = demo_pair
@@ -138,6 +143,7 @@ def test_max_kv_size_is_honoured():
     assert all(c.max_size == 16 and c.keys.shape[2] <= 16 + 40 for c in cache[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_tokens", [1, 3, 8])
 @pytest.mark.parametrize("step", [64, 512])
 def test_speculative_decoding_with_the_auxiliary(demo_pair, draft_tokens, step):

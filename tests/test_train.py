@@ -50,6 +50,7 @@ def same(a, b) -> bool:
     return all(mx.array_equal(a[k], b[k]).item() for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tmp_path):
@@ -70,6 +71,7 @@ def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tm
     assert mx.allclose(again(prompt), pair(prompt), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_a_step_can_be_compiled(base, auxiliary, source, compiling):
@@ -131,6 +133,7 @@ def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary
         assert (name in taken) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_training_gives_the_same_weights(tmp_path, optimizer, compiled, compiling):
@@ -160,6 +163,7 @@ def test_other_settings_do_not_resume(tmp_path):
         joint_trainer(make_pair(), data(23), SETTINGS, state_folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(tmp_path):
     pair = make_pair()
     trainer = joint_trainer(pair, data(), SETTINGS, state_folder=tmp_path)
@@ -258,6 +262,7 @@ if mx.distributed.init().rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path):
     tests = Path(__file__).parent
     out, script = tmp_path / "losses.json", tmp_path / "worker.py"

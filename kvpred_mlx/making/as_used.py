@@ -143,6 +143,8 @@ def as_used_trainer(
         raise ValueError(
             f"{recording.folder} was recorded with another base: its keys and values have other widths"
         )
+    if list(recording.layout.models) != list(needed.models):
+        raise ValueError(f"{recording.folder} was recorded with other models of the same shapes")
     missing = [n for n, width in needed.features.items() if recording.layout.features.get(n) != width]
     if missing:
         raise ValueError(f"{recording.folder} lacks the features {', '.join(missing)}")

@@ -20,6 +20,7 @@ from kvpred_mlx.making.moments import Ridge
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.making.regression import FirstLayers, Key, Maps, RecordedFirstLayers, Sums, Target, TwoModels
 from kvpred_mlx.making.settings import FitSettings
+from kvpred_mlx.pair.description import norms_checksum
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.progress import ProgressCallback, no_progress
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -72,7 +73,7 @@ def fit(
             the sums of another fit.
     """
     recorder = TwoModels(_taps(base), _taps(auxiliary), settings.source)
-    run = _Run(data, settings, progress, folder)
+    run = _Run((recorder.base.model, recorder.auxiliary.model), data, settings, progress, folder)
     n, m = len(recorder.base), len(recorder.auxiliary)
     layer_map = layer_maps.parse(settings.layer_map, n, m)
     if layer_map is None:
@@ -101,7 +102,7 @@ def fit_first_layers(
     """
     recorder = FirstLayers(_taps(base), depths)
     sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
-    _Run(data, settings, progress, folder).read(sums, "fitting")
+    _Run((recorder.base.model,), data, settings, progress, folder).read(sums, "fitting")
     solved = _Solution(sums, settings.ridge)
     return solved.fit(recorder.predictor(solved.maps), len(recorder.base))
 
@@ -150,11 +151,17 @@ class _Run:
     """Batches by number, progress, and sums that are saved now and then."""
 
     def __init__(
-        self, data: PackedSequences, settings: FitSettings, progress: ProgressCallback, folder: Path | None
+        self,
+        models: Sequence[nn.Module],
+        data: PackedSequences,
+        settings: FitSettings,
+        progress: ProgressCallback,
+        folder: Path | None,
     ):
         if len(data) < 2:
             raise ValueError("the data has 1 sequence, expected at least 2: one to fit and one to hold out")
         self.settings, self._data, self._progress, self._folder = settings, data, progress, folder
+        self._models = [] if folder is None else [norms_checksum(model) for model in models]
         self._size = min(settings.batch_size, len(data) // 2)
         length = data.rows.shape[1] - 1
         self.batches = max(2, min(settings.tokens // length, len(data)) // self._size)
@@ -180,6 +187,7 @@ class _Run:
     def _identity(self, sums: Sums) -> dict[str, object]:
         places = [[*key, *map(list, targets)] for key, targets in sums.targets.items()]
         return {
+            "models": self._models,
             "data": self._data.checksum(),
             "settings": asdict(self.settings),
             "targets": json.dumps(places),

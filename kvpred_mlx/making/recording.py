@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.windows import Windows
 from kvpred_mlx.pair import sources
+from kvpred_mlx.pair.description import norms_checksum
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.progress import ProgressCallback, no_progress
@@ -39,10 +40,12 @@ class Layout:
     Args:
         kv: (key width, value width) of each base KV layer, side by side in this order.
         features: name and width of each feature array.
+        models: checksums that tell them from others (`norms_checksum`).
     """
 
     kv: Sequence[tuple[int, int]]
     features: Mapping[str, int]
+    models: Sequence[int] = ()
 
     @classmethod
     def of(cls, pair: KVPredictionModel) -> Layout:
@@ -56,7 +59,8 @@ class Layout:
             widths = {
                 f"layer_{j}_{a}": taken[j][a] for j in pair.predictor.auxiliary_layers for a in range(arrays)
             }
-        return cls(pair.base_taps.widths, widths)
+        read = [pair.base] if pair.auxiliary is None else [pair.base, pair.auxiliary]
+        return cls(pair.base_taps.widths, widths, [norms_checksum(model) for model in read])
 
 
 def record(
@@ -137,7 +141,8 @@ class Recording:
         try:
             self._facts = json.loads(place.read_text())
             self.done: int = self._facts["done"]
-            self.layout = Layout([(k, v) for k, v in self._facts["kv"]], self._facts["features"])
+            kv = [(k, v) for k, v in self._facts["kv"]]
+            self.layout = Layout(kv, self._facts["features"], self._facts["models"])
             self._arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in self._facts["arrays"]
             }
@@ -151,6 +156,7 @@ class Recording:
         facts = {
             "kv": [list(widths) for widths in layout.kv],
             "features": dict(layout.features),
+            "models": list(layout.models),
             "windows": zlib.crc32(
                 np.hstack([windows.prompts, windows.continuations]).astype(np.int64).tobytes()
             ),

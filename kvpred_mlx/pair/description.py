@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
@@ -52,6 +54,13 @@ def describe(path: Path) -> dict[str, Any]:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's arrays."""
     return sum(array.nbytes for array in dict(tree_flatten(module.parameters())).values())
+
+
+def norms_checksum(model: nn.Module) -> int:
+    """Of a model's vectors (norms and biases), which no quantization touches: tells one model from another."""
+    arrays: Any = dict(tree_flatten(model.parameters())).values()
+    vectors = [a for a in arrays if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
+    return crc32(b"".join(np.array(v.astype(mx.float32)).tobytes() for v in vectors))
 
 
 def _part(module: nn.Module) -> dict[str, Any]:
