@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
 
+# On two threads BLAS waits longer for itself than the products of tiny models take.  What the tests start has as many
+# threads as it wants, as users have them.
+THREADS = "OPENBLAS_NUM_THREADS"
+chosen = THREADS in os.environ
+os.environ.setdefault(THREADS, "1")
+
 import backend  # first of all that imports MLX
+import numpy  # noqa: F401  # has a BLAS of its own
+
+if not chosen:
+    del os.environ[THREADS]
+
+# isort: split
 import mlx.core as mx
 import pytest
 

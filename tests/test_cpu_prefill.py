@@ -13,6 +13,18 @@ ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 pytestmark = pytest.mark.skipif(not ON_CPU, reason="other devices read a prompt whole")
 
 
+@pytest.fixture(autouse=True)
+def two_blas_threads():
+    """As outside the tests on two cores (see conftest.py)."""
+    if _blas._openblas is None:
+        yield
+        return
+    before = _blas.threads()
+    _blas._openblas.openblas_set_num_threads(2)
+    yield
+    _blas._openblas.openblas_set_num_threads(before)
+
+
 @pytest.fixture
 def pieces(monkeypatch):
     monkeypatch.setattr(cpu_prefill, "MIN_PIECE_TOKENS", 4)
