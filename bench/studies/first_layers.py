@@ -54,12 +54,18 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-4,
     trained: Annotated[str, typer.Option(help="The depths to train (default: all).")] = "",
+    as_recorded: Annotated[
+        bool, typer.Option("--as-recorded", help="Record no more windows to fit on than there are.")
+    ] = False,
     every: Annotated[int, typer.Option(min=1, help="Steps between scores.")] = 20,
 ) -> None:
     """Quality of pairs that read with their base's first layers."""
     study = Study(load_part(base), _numbers(depths), folder)
     lengths = _numbers(prompt_lens)
-    study.record_text("train", data, 448, windows)
+    if as_recorded:
+        study.open("train")
+    else:
+        study.record_text("train", data, 448, windows)
     for n, count in zip(lengths, _numbers(held_windows), strict=True):
         study.record_text(f"held-{n}", held_out, n, count)
     for n, count in zip(lengths, _numbers(recall), strict=True):
@@ -92,6 +98,10 @@ class Study:
         begun: dict[str, Any] = {"base": base.name, "machine": machine.describe(), "rows": [], "seconds": {}}
         self.results = json.loads(self._place.read_text()) if self._place.exists() else begun
         self._recordings: dict[str, Recording] = {}
+
+    def open(self, name: str) -> None:
+        """What is recorded under a name, whole or not."""
+        self._recordings[name] = Recording(self._folder / name)
 
     def record_text(self, name: str, data: Path, prompt: int, count: int) -> None:
         """Windows of real text."""
