@@ -328,11 +328,8 @@ def test_repair_of_a_first_layers_pair(base, dial):
     given = mx.concatenate([prompt, mx.array([found[:since]])], axis=1)
     assert found[since:] == exact_continuation(pair, given, len(found) - since)
     if dial is None or not dial.top:
-        assert pair.first_layers_reader.resumable(1) and not set(called) & {
-            8,
-            16,
-            32,
-        }  # no slice begins below
+        assert pair.first_layers_reader.resumable(1)
+        assert not set(called) & {16, 32}  # no slice begins below the depth; 8 are those of the trial
 
 
 def reference_cache_of_base(pair, everything):
