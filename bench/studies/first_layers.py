@@ -19,7 +19,12 @@ import numpy as np
 import typer
 
 from kvpred_mlx.bench.common import command, machine
+from kvpred_mlx.bench.common.results import machine_text
 from kvpred_mlx.bench.front.recall_score import questions
+from kvpred_mlx.bench.ttft.run import bench
+from kvpred_mlx.bench.ttft.settings import BenchSettings
+from kvpred_mlx.console import numbers, progress_bar
+from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
 from kvpred_mlx.making.data import encode, read_documents
@@ -57,6 +62,10 @@ def main(
     as_recorded: Annotated[
         bool, typer.Option("--as-recorded", help="Record no more windows to fit on than there are.")
     ] = False,
+    bench_lens: Annotated[
+        list[str] | None, typer.Option(help="Prompt lengths to time the first token at, 512,2048.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Of each, interleaved with full prefills.")] = 3,
     every: Annotated[int, typer.Option(min=1, help="Steps between scores.")] = 20,
 ) -> None:
     """Quality of pairs that read with their base's first layers."""
@@ -79,7 +88,9 @@ def main(
                 steps_per_report=5,
             )  # fmt: skip
             study.train(depth, settings, every)
-    print(json.dumps(study.results["rows"], indent=1))
+    if bench_lens:
+        study.time(numbers("--bench-lens", bench_lens, 64), trials)
+    print(study.write_tables())
 
 
 class Study:
@@ -95,8 +106,11 @@ class Study:
         self._base, self._taps, self._depths, self._folder = base, KVTaps(base.model), list(depths), folder
         folder.mkdir(parents=True, exist_ok=True)
         self._place = folder / "results.json"
-        begun: dict[str, Any] = {"base": base.name, "machine": machine.describe(), "rows": [], "seconds": {}}
+        name = Path(base.name).name
+        begun: dict[str, Any] = {"base": name, "machine": machine.describe(), "rows": [], "seconds": {}}
         self.results = json.loads(self._place.read_text()) if self._place.exists() else begun
+        dtype = str(base.model(mx.array([[0]])).dtype).rpartition(".")[2]
+        self.results.setdefault("pair", {"dtype": dtype})
         self._recordings: dict[str, Recording] = {}
 
     def open(self, name: str) -> None:
@@ -159,6 +173,28 @@ class Study:
             str(self._folder / f"trained-{depth}.safetensors"), _flat(dict(predictor.at(depth).parameters()))
         )
 
+    def time(self, lengths: Sequence[int], trials: int) -> None:
+        """Times to the first token at each depth against full prefills, side by side, and what the FLOPs allow."""
+        predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
+        mx.eval(predictor.parameters())  # random maps take as long as fitted ones
+        pair = KVPredictionModel(self._taps, None, predictor)
+        for depth in self._depths:
+            pair.exact_positions = ExactPositions(depth=((depth, 1.0),))
+            with progress_bar(f"depth {depth}") as progress:
+                settings = BenchSettings(list(lengths), trials=trials, max_tokens=2)
+                shapes = bench(pair, self._base.name, settings, progress=progress)["shapes"]
+            self.results.setdefault("times", {})[str(depth)] = [
+                {"prompt_tokens": s["prompt_tokens"], "flops_ratio": s["flops_ratio"], **s["ratios"][0]}
+                for s in shapes
+            ]
+            self._save()
+
+    def write_tables(self) -> str:
+        """The results as Markdown, also beside them."""
+        text = "\n\n".join(tables(self.results))
+        write_file(self._folder / "README.md", lambda beside: beside.write_text(text + "\n"))
+        return text
+
     def _record(self, name: str, windows: Windows) -> None:
         predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
         pair = KVPredictionModel(self._taps, None, predictor)
@@ -189,6 +225,41 @@ class Study:
 
     def _save(self) -> None:
         write_file(self._place, lambda beside: beside.write_text(json.dumps(self.results, indent=1)))
+
+
+def tables(results: dict[str, Any]) -> list[str]:
+    """Quality by depth and way, and times, as Markdown."""
+    rows = results["rows"]
+    held = sorted({name for row in rows for name in row if "-" in name}, key=_order)
+    heads = [f"{name.replace('-', ' ')}: {m.replace('_', ' ')}" for name in held for m in _shown(name)]
+    lines = ["| layers | maps | tokens | " + " | ".join(heads) + " |", "| --- " * (3 + len(heads)) + "|"]
+    for row in sorted(rows, key=lambda row: row["depth"]):
+        cells = [_cell(row[name][m]) for name in held for m in _shown(name)]
+        lines.append(f"| {row['depth']} | {row['way']} | {row['tokens']:,} | " + " | ".join(cells) + " |")
+    found = [f"Base: {results['base'].rpartition('/')[2]}.", "\n".join(lines)]
+    if "times" in results:
+        lines = ["| layers | prompt | times sooner (95 %) | FLOPs allow | quotient |", "| --- " * 5 + "|"]
+        lines += [
+            f"| {depth} | {t['prompt_tokens']} | {t['median']:.2f} ({t['low']:.2f} to {t['high']:.2f}) "
+            f"| {t['flops_ratio']:.2f} | {t['quotient']:.2f} |"
+            for depth, times in results["times"].items()
+            for t in times
+        ]
+        found.append("\n".join(lines))
+    return [*found, machine_text(results)]
+
+
+def _shown(recording: str) -> tuple[str, ...]:
+    return ("recalled",) if recording.startswith("recall") else METRICS[:3]
+
+
+def _order(name: str) -> tuple[str, int]:
+    kind, _, tokens = name.partition("-")
+    return kind, int(tokens)
+
+
+def _cell(estimate: dict[str, float]) -> str:
+    return f"{estimate['mean']:.3f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
 def _figures(recording: Recording, scores: Scores, recall: bool) -> dict[str, Any]:
