@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kvpred_mlx.bench.common import machine
+from kvpred_mlx.files import write_file
 
 Results = dict[str, Any]
 
@@ -82,13 +83,3 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, results: Results) -> None:
     """Write results as JSON."""
     write_file(path, lambda beside: beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"))
-
-
-def write_file(path: Path, make: Callable[[Path], object]) -> None:
-    """Let `make` write a file beside `path`, and put it in its place."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        make(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

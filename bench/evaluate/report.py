@@ -9,7 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvpred_mlx.bench.common.results import Results, write_file, write_json
+from kvpred_mlx.bench.common.results import Results, write_json
+from kvpred_mlx.files import write_file
 
 
 def table(results: Results) -> Table:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvpred_mlx.bench.common.results import Results, can_draw, read_json, write_file, write_json
+from kvpred_mlx.bench.common.results import Results, can_draw, read_json, write_json
 from kvpred_mlx.bench.ttft.report import csv_text
 from kvpred_mlx.bench.ttft.run import SCHEMA
+from kvpred_mlx.files import write_file
 
 FILES = ("results.json", "results.csv", "ttft.png")
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.making.loop import Trainer
+from kvpred_mlx.making.loss import check_weights
 from kvpred_mlx.making.recording import Batch, Layout, Recording
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.step import Terms
@@ -41,9 +42,7 @@ class AsUsedWeights:
     kv: float = 0.0
 
     def __post_init__(self) -> None:
-        wrong = [f"{k} is {v}" for k, v in vars(self).items() if not v >= 0]
-        if wrong:
-            raise ValueError(f"loss weight {', '.join(wrong)}, expected 0 or more")
+        check_weights(vars(self))
 
 
 class AsUsedLoss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -32,9 +33,14 @@ class LossWeights:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        wrong = [f"{k} is {v}" for k, v in vars(self).items() if not v >= 0]
-        if wrong:
-            raise ValueError(f"loss weight {', '.join(wrong)}, expected 0 or more")
+        check_weights(vars(self))
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ValueError for weights of loss terms, by name, that are below 0 or no numbers."""
+    wrong = [f"{k} is {v}" for k, v in weights.items() if not v >= 0]
+    if wrong:
+        raise ValueError(f"loss weight {', '.join(wrong)}, expected 0 or more")
 
 
 class KVPredictionLoss:
