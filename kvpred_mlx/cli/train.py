@@ -15,8 +15,9 @@ from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.output import Output
 
 if TYPE_CHECKING:
+    from kvpred_mlx.cli.making import Begun, Models
     from kvpred_mlx.making.reports import Report
-    from kvpred_mlx.making.settings import TrainingSettings
+    from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 
 
 def train(
@@ -118,13 +119,7 @@ def train(
         seed=seed, dtype=dtype or default_dtype(),
     )  # fmt: skip
     check_paths(data or [])
-    if model is not None:
-        begun = making.open_to_train(model)
-        training, held_out = making.read_data(data or [], text_key, begun.tokenizer)
-    else:
-        chosen = models.load()
-        training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
-        begun = making.fit_pair(chosen, training, data or [], max_seq_length, fit)
+    begun, training, held_out = _begin(model, models, data or [], text_key, max_seq_length, fit)
     with restored_types(begun.pair):
         if as_used:
             folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")
@@ -149,6 +144,18 @@ def train(
     output.save(begun)
     shutil.rmtree(states, ignore_errors=True)
     output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length))
+
+
+def _begin(
+    model: str | None, models: Models, data: list[Path], text_key: str, max_seq_length: int, fit: FitSettings
+) -> tuple[Begun, list[str], list[str]]:
+    """The pair to train on, opened or fitted now, and documents to train on and to hold out."""
+    if model is not None:
+        opened = making.open_to_train(model)
+        return opened, *making.read_data(data, text_key, opened.tokenizer)
+    chosen = models.load()
+    training, held_out = making.read_data(data, text_key, chosen.base.tokenizer)
+    return making.fit_pair(chosen, training, data, max_seq_length, fit), training, held_out
 
 
 def _run(trainer: Any, settings: TrainingSettings, states: Path) -> None:
