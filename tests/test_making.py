@@ -13,6 +13,7 @@ from families import OVERRIDES, build
 from mlx.utils import tree_flatten
 
 from kvpred_mlx import Predictor, load, load_model, save
+from kvpred_mlx.making.data import read_documents
 from kvpred_mlx.making.pairing import join, keep_layers, load_part
 from kvpred_mlx.making.regression import Sums
 from kvpred_mlx.pair.description import weight_bytes
@@ -439,3 +440,27 @@ def test_train_as_used(models, tmp_path, run, reads):
                if not mx.array_equal(a, dict(tree_flatten(before.predictor.parameters()))[n])]  # fmt: skip
     assert changed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fitted", "trained", "trained.recording"]
+
+
+class Templated:
+    """A tokenizer with a chat template, as far as reading conversations needs one."""
+
+    has_chat_template = True
+
+    def apply_chat_template(self, messages, tools=None, tokenize=True):
+        if any(message["role"] == "narrator" for message in messages):
+            raise ValueError("no narrators")
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + ("+tools" if tools else "")
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    entries = [{"messages": chat}, {"messages": chat, "tools": [{}]}, {"text": "plain", "messages": chat}]
+    file.write_text("\n".join(map(json.dumps, entries)))
+    expected = ["<user>hi<assistant>hello", "<user>hi<assistant>hello+tools", "plain"]
+    assert list(read_documents(file, "text", Templated())) == expected
+    file.write_text(json.dumps({"messages": [{"role": "narrator", "content": "x"}]}))
+    with pytest.raises(ValueError, match="line 1: the chat template refuses the messages: no narrators"):
+        list(read_documents(file, "text", Templated()))
