@@ -192,7 +192,7 @@ class Study:
     def write_tables(self) -> str:
         """The results as Markdown, also beside them."""
         text = "\n\n".join(tables(self.results))
-        write_file(self._folder / "README.md", lambda beside: beside.write_text(text + "\n"))
+        write_file(self._folder / "tables.md", lambda beside: beside.write_text(text + "\n"))
         return text
 
     def _record(self, name: str, windows: Windows) -> None:
