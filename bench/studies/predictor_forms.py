@@ -133,10 +133,9 @@ class Forms:
         return sums[0], sums[1]
 
     def _solve(self, fitted: Moments, choosing: Moments) -> tuple[np.ndarray, np.ndarray]:
-        solver = Ridge(fitted)
-        ridge = max(RIDGES, key=lambda r: choosing.explained_variance(solver.solve(fitted, r)))
-        whole = fitted + choosing
-        return tuple(Ridge(whole).solve(whole, ridge))  # type: ignore[return-value]
+        errors = Ridge(fitted).squared_errors(choosing, RIDGES).sum(axis=1)
+        weight, bias = Ridge(fitted + choosing).solve(RIDGES[int(errors.argmin())])
+        return weight, bias
 
     def _attention(self) -> np.ndarray:
         """How much the answers' last tokens attend to each token, `[W, P - 1]`: and half as much again to all alike."""

@@ -16,7 +16,7 @@ import numpy as np
 from kvpred_mlx.files import new_directory
 from kvpred_mlx.making import layer_maps
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.moments import Ridge
+from kvpred_mlx.making.moments import Ridge, explained_variance
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.making.regression import FirstLayers, Key, Maps, RecordedFirstLayers, Sums, Target, TwoModels
 from kvpred_mlx.making.settings import FitSettings
@@ -221,16 +221,23 @@ class _Solution:
         self.variances: dict[tuple[Key, Target], float] = {}
         self._ridges: dict[tuple[Key, Target], float] = {}
         self._tokens = sums.tokens
+        tried = RIDGES if ridge is None else (ridge,)
         for key, places in sums.places.items():
-            on_fitted, whole = Ridge(sums.fitted[key]), sums.whole(key)
-            on_all = Ridge(whole)
+            held_out = sums.held_out[key]
+            errors = Ridge(sums.fitted[key]).squared_errors(held_out, tried)
+            deviations = held_out.deviations()
+            ridges = np.zeros(len(deviations))
             for target, columns in places.items():
-                fitted, held_out = (s[key].of_targets(columns) for s in (sums.fitted, sums.held_out))
-                tried = (RIDGES if ridge is None else (ridge,)) if fitted.y.size else (0.0,)
-                best = max((held_out.explained_variance(on_fitted.solve(fitted, r)), r) for r in tried)
+                explained = [explained_variance(e[columns], deviations[columns]) for e in errors]
+                best = max(zip(explained, tried, strict=True)) if ridges[columns].size else (0.0, 0.0)
                 self.variances[key, target], self._ridges[key, target] = best
-                weight, bias = on_all.solve(whole.of_targets(columns), best[1])
-                self.maps[key, target] = mx.array(weight, mx.float32), mx.array(bias, mx.float32)
+                ridges[columns] = best[1]
+            weight, bias = Ridge(sums.whole(key)).solve(ridges)
+            for target, columns in places.items():
+                self.maps[key, target] = (
+                    mx.array(weight[columns], mx.float32),
+                    mx.array(bias[columns], mx.float32),
+                )
 
     def fit(self, predictor: P, layers: int) -> Fit[P]:
         """What is known of a predictor that was made of the maps."""

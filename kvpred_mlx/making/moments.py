@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,21 +52,22 @@ class Moments:
         parts = ("x", "y", "xx", "xy", "yy")
         return Moments(self.n + other.n, *(getattr(self, p) + getattr(other, p) for p in parts))
 
-    def of_targets(self, columns: slice) -> Moments:
-        """The same features with some of the targets."""
-        return Moments(self.n, self.x, self.y[columns], self.xx, self.xy[:, columns], self.yy[columns])
+    def centred(self, mean_x: np.ndarray, mean_y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`xx`, `xy` and `yy` of x - mean_x and y - mean_y."""
+        n, x, y = self.n, self.x, self.y
+        xx = self.xx - np.outer(x, mean_x) - np.outer(mean_x, x - n * mean_x)
+        xy = self.xy - np.outer(x, mean_y) - np.outer(mean_x, y - n * mean_y)
+        return xx, xy, self.yy - mean_y * (2 * y - n * mean_y)
 
-    def squared_errors(self, fitted: LinearMap) -> np.ndarray:
-        """The sum of squared errors of `fitted` over these samples, for each target `[b]`."""
-        w, b = fitted
-        quadratic = np.einsum("ba,ba->b", w @ self.xx, w)
-        cross = np.einsum("ba,ab->b", w, self.xy)
-        return self.yy - 2 * cross - 2 * b * self.y + quadratic + 2 * b * (w @ self.x) + self.n * b * b
+    def deviations(self) -> np.ndarray:
+        """The sum of squared deviations from the mean, for each target `[b]`."""
+        return self.yy - self.y**2 / max(self.n, 1)
 
-    def explained_variance(self, fitted: LinearMap) -> float:
-        """1 - (squared errors) / (squared deviations from the mean), over all targets together."""
-        total = float((self.yy - self.y**2 / self.n).sum())
-        return 1 - float(self.squared_errors(fitted).sum()) / total if total > 0 else 0.0
+
+def explained_variance(errors: np.ndarray, deviations: np.ndarray) -> float:
+    """1 - (squared errors) / (squared deviations from the mean), over targets together; 0 if they do not vary."""
+    total = float(deviations.sum())
+    return 1 - float(errors.sum()) / total if total > 0 else 0.0
 
 
 class Ridge:
@@ -80,18 +82,28 @@ class Ridge:
 
     def __init__(self, moments: Moments):
         n = moments.n
-        self._mean = moments.x / n
-        covariance = moments.xx / n - np.outer(self._mean, self._mean)
-        deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
-        self._scale = np.where(deviation > 0, deviation, 1)
-        self._values, self._vectors = np.linalg.eigh(covariance / np.outer(self._scale, self._scale))
+        self._mean_x, self._mean_y = moments.x / n, moments.y / n
+        xx, xy, _ = moments.centred(self._mean_x, self._mean_y)
+        deviation = np.sqrt(np.maximum(np.diag(xx) / n, 0))
+        scale = np.where(deviation > 0, deviation, 1)[:, None]
+        self._values, vectors = np.linalg.eigh(xx / n / scale / scale.T)
+        self._directions = vectors / scale  # along these, features vary independently of each other
+        self._covariance = self._directions.T @ xy / n
 
-    def solve(self, moments: Moments, ridge: float) -> LinearMap:
-        """The map to the targets of `moments` (of the same samples)."""
-        mean_y = moments.y / moments.n
-        covariance = (moments.xy / moments.n - np.outer(self._mean, mean_y)) / self._scale[:, None]
+    def solve(self, ridge: float | np.ndarray) -> LinearMap:
+        """The map to all targets; `ridge` is one number, or one for each target `[b]`."""
+        weight = (self._directions @ self._along_directions(ridge)).T
+        return LinearMap(weight, self._mean_y - weight @ self._mean_x)
+
+    def squared_errors(self, moments: Moments, ridges: Sequence[float]) -> np.ndarray:
+        """The sums of squared errors over samples, these or others, for each ridge and target `[ridges, b]`."""
+        xx, xy, yy = moments.centred(self._mean_x, self._mean_y)
+        xx, xy = self._directions.T @ xx @ self._directions, self._directions.T @ xy
+        solutions = (self._along_directions(ridge) for ridge in ridges)
+        return np.stack([yy + np.einsum("ab,ab->b", w, xx @ w - 2 * xy) for w in solutions])
+
+    def _along_directions(self, ridge: float | np.ndarray) -> np.ndarray:
+        """Weights `[a, b]` of the features' directions."""
+        values = self._values[:, None]
         floor = self._values.max(initial=0) * len(self._values) * np.finfo(float).eps
-        inverse = np.where(self._values > floor, 1 / np.maximum(self._values + ridge, floor or 1), 0)
-        solution = self._vectors @ (inverse[:, None] * (self._vectors.T @ covariance))
-        weight = (solution / self._scale[:, None]).T
-        return LinearMap(weight, mean_y - weight @ self._mean)
+        return np.where(values > floor, self._covariance / np.maximum(values + ridge, floor or 1), 0)
