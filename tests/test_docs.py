@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import runpy
 import shlex
@@ -257,7 +258,9 @@ def test_make_convert(tmp_path):
             f"EXAMPLE={ROOT}/tests/data/golden_tiny",
         ]
         command = ["make", "convert", *map(str, options), *variables]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the `make test` around this test
+        env = {name: value for name, value in os.environ.items() if name not in outer}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
 
     earlier = tmp_path / "build/example-pair"
     earlier.mkdir(parents=True)
