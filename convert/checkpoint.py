@@ -20,8 +20,9 @@ from mlx.utils import tree_flatten
 from kvpred_mlx.convert import corenet, openelm
 from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import check_absent, new_directory
+from kvpred_mlx.pair.config import ModelArgs, build_model
 from kvpred_mlx.pair.loading import pair_config, quantization_config
-from kvpred_mlx.pair.model import Model, ModelArgs, build_model
+from kvpred_mlx.pair.saved_model import Model
 from kvpred_mlx.progress import ProgressCallback, no_progress
 
 

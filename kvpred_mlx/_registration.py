@@ -1,8 +1,9 @@
 """Makes pairs known to mlx-lm, without importing mlx-lm before its user does.
 
 mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files by class
-name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets the cache entry's module be imported
-right after `mlx_lm.models.cache`, where it announces its class itself.
+name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets a module of ours be imported right after
+one of mlx-lm's, where it makes itself known: the cache entry's after `mlx_lm.models.cache`, that of linked pairs after
+`mlx_lm.utils`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from pathlib import Path
 from types import ModuleType
 
 FAMILY = "mlx_lm.models.kvpred"
-CACHES = "mlx_lm.models.cache"
-ENTRY = "kvpred_mlx.pair.auxiliary_cache"
+FOLLOWERS = {
+    "mlx_lm.models.cache": "kvpred_mlx.pair.auxiliary_cache",
+    "mlx_lm.utils": "kvpred_mlx.pair.in_mlx_lm",
+}
 
 
 def register() -> None:
     """Let mlx-lm find pairs, whether it is imported already or will be."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    if CACHES in sys.modules:
-        importlib.import_module(ENTRY)
+    for module, follower in FOLLOWERS.items():
+        if module in sys.modules:
+            importlib.import_module(follower)
 
 
 def announce_config() -> None:
@@ -45,20 +49,20 @@ class _Finder(MetaPathFinder):
             return importlib.util.spec_from_file_location(
                 FAMILY, Path(__file__).with_name("pair") / "family.py"
             )
-        if fullname != CACHES:
+        if fullname not in FOLLOWERS:
             return None
         others = (f.find_spec(fullname, path, target) for f in sys.meta_path if f is not self)
         spec = next((s for s in others if s is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenEntry(spec.loader)
+            spec.loader = _Then(spec.loader, FOLLOWERS[fullname])
         return spec
 
 
-class _ThenEntry(Loader):
-    """The module's own loader, and then the import of the cache entry."""
+class _Then(Loader):
+    """The module's own loader, and then the import of another module."""
 
-    def __init__(self, loader: Loader):
-        self._loader = loader
+    def __init__(self, loader: Loader, follower: str):
+        self._loader, self._follower = loader, follower
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -68,5 +72,5 @@ class _ThenEntry(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        # If it is that very module which imports the caches, this changes nothing: it is not done yet.
-        importlib.import_module(ENTRY)
+        # If it is the follower which imports this module, this changes nothing: it is not done yet.
+        importlib.import_module(self._follower)

@@ -157,7 +157,7 @@ USED: dict[str, dict[str, str]] = {
         "dequantize_model": "model",
         "get_total_parameters": "model",
         "load_config": "model_path",
-        "load_model": "model_path lazy get_model_classes",
+        "load_model": "model_path lazy model_config get_model_classes",
         "load_tokenizer": "model_path tokenizer_config_extra eos_token_ids",
         "maybe_set_recommended_wired_limit": "",
         "quantize_model": "model config group_size bits quant_predicate",

@@ -60,7 +60,7 @@ def golden_pair(tmp_path_factory):
 def demo_pair():
     """The bundled pair, loaded once: (model, tokenizer)."""
     from kvpred_mlx import load
-    from kvpred_mlx.pair.loading import DEMO_PAIR
+    from kvpred_mlx.pair.locating import DEMO_PAIR
 
     return load(DEMO_PAIR)
 

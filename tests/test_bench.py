@@ -23,7 +23,7 @@ from kvpred_mlx.bench.ttft import files, report
 from kvpred_mlx.bench.ttft.measure import MODES, generate, parts
 from kvpred_mlx.bench.ttft.run import bench
 from kvpred_mlx.bench.ttft.settings import BenchSettings
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 SMALL = BenchSettings([40, 48], trials=3, max_tokens=3, prefill_step_sizes=[2048, 16])
 

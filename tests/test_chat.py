@@ -20,7 +20,8 @@ from processes import command
 import kvpred_mlx
 from kvpred_mlx.cli import app
 from kvpred_mlx.generation.conversation import Conversation
-from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
+from kvpred_mlx.pair.loading import context_length, read_base_config
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 LINES = [
     "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n\n\ndef write(path, text):",
@@ -129,7 +130,7 @@ def test_the_pipe_may_just_end(run):
 
 
 def test_a_history_that_is_too_long_is_said(run):
-    context = context_length(read_config(DEMO_PAIR))
+    context = context_length(read_base_config(DEMO_PAIR))
     code, out, _ = run("chat", "-m", 2, stdin=("x = 1;" * context + "\ny = 2\n").encode())
     assert code == 0
     assert f"expected fewer than the model's context of {context}" in out and out.count("TTFT ") == 1

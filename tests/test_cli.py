@@ -17,7 +17,7 @@ from conftest import DATA, fails
 from processes import command
 
 from kvpred_mlx.cli import app
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 FUNCTION = (DEMO_PAIR / "prompt.txt").read_text()
 

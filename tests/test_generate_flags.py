@@ -19,7 +19,8 @@ from kvpred_mlx import load
 from kvpred_mlx.cli import app
 from kvpred_mlx.cli.generate import EPILOG
 from kvpred_mlx.cli.prompt import ChatTemplate
-from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
+from kvpred_mlx.pair.loading import context_length, read_base_config
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 generation = import_module("mlx_lm.generate")  # mlx_lm's function of that name hides it
 FUNCTION = (DEMO_PAIR / "prompt.txt").read_text()
@@ -268,6 +269,6 @@ def test_cache_files_that_are_refused(run, demo_pair, golden_pair, tmp_path, cac
     fails(run(*generate, file, "--draft-model", draft_model), 2, "--draft-model auxiliary")
     copy = shutil.copytree(DEMO_PAIR, tmp_path / "copy")
     fails(run(*generate, file, "--model", copy), 2, "was made with", str(DEMO_PAIR))
-    room = context_length(read_config(DEMO_PAIR)) - load_prompt_cache(str(file))[-1].size()
+    room = context_length(read_base_config(DEMO_PAIR)) - load_prompt_cache(str(file))[-1].size()
     generate[2] = "x " * room
     fails(run(*generate, file), 2, "in the prompt cache, expected fewer than the model's context")

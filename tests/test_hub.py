@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 
 import kvpred_mlx
 from kvpred_mlx.making import hub
-from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
+from kvpred_mlx.pair.locating import DEMO_PAIR, find_pair
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import imported_first
 import pytest
 
 import kvpred_mlx
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 AT_ONCE = 2
 PUBLIC = [f"kvpred_mlx:{name}" for name in kvpred_mlx.__all__]

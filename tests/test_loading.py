@@ -11,7 +11,8 @@ import pytest
 from pairs import make_pair, tokens
 
 from kvpred_mlx import load, load_model, save
-from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, find_pair
+from kvpred_mlx.pair.loading import context_length
+from kvpred_mlx.pair.locating import DEMO_PAIR, find_pair
 
 
 def fits(path, module):
@@ -99,7 +100,7 @@ def test_hub_repositories_are_fetched(monkeypatch):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(DEMO_PAIR)
 
-    monkeypatch.setattr("kvpred_mlx.pair.loading.snapshot_download", snapshot)
+    monkeypatch.setattr("kvpred_mlx.pair.locating.snapshot_download", snapshot)
     _, tokenizer = load("someone/pair", revision="v2")
     assert (asked["name"], asked["revision"]) == ("someone/pair", "v2")
     assert "model*.safetensors" in asked["patterns"]
@@ -108,7 +109,7 @@ def test_hub_repositories_are_fetched(monkeypatch):
 
 def test_paths_are_not_taken_for_repositories(monkeypatch):
     monkeypatch.setattr(
-        "kvpred_mlx.pair.loading.snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+        "kvpred_mlx.pair.locating.snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
     )
     for name in ("./a", "/a/b", "~/a", "a", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such directory"):
@@ -116,6 +117,6 @@ def test_paths_are_not_taken_for_repositories(monkeypatch):
 
 
 def test_context_length():
-    assert context_length({"base": {"max_position_embeddings": 4096}}) == 4096
-    assert context_length({"base": {"text_config": {"max_position_embeddings": 8}}}) == 8
-    assert context_length({"base": {}}) is None
+    assert context_length({"max_position_embeddings": 4096}) == 4096
+    assert context_length({"text_config": {"max_position_embeddings": 8}}) == 8
+    assert context_length({}) is None

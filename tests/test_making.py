@@ -17,7 +17,7 @@ from kvpred_mlx.making.data import read_documents
 from kvpred_mlx.making.pairing import join, keep_layers, load_part
 from kvpred_mlx.making.regression import Sums
 from kvpred_mlx.pair.description import weight_bytes
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(3000))

@@ -16,7 +16,7 @@ from pairs import difference, make_pair, tokens
 from processes import python, serving
 
 import kvpred_mlx
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 PROMPT = (
     '"""Helpers for files."""\n\nimport os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n'

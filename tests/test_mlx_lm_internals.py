@@ -110,6 +110,7 @@ def test_the_server_has_mlx_lm_s_flags_and_defaults(monkeypatch):
     ours = {o.opts[0]: o.default for o in options if o.opts[0].startswith("--")}
     assert theirs - ours.keys() == set()
     assert ours.keys() - theirs == {
+        "--base", "--auxiliary", "--force",
         "--exact", "--exact-first", "--exact-last", "--exact-top", "--depth", "--draft",
     }  # fmt: skip
     assert {name for name in theirs if str(ours[name]) != str(found[name])} == set()

@@ -158,7 +158,7 @@ def test_installed_wheel(wheel, tmp_path):
         f"assert kvpred_mlx.__file__.startswith({str(site)!r}), kvpred_mlx.__file__\n"
         "assert importlib.util.find_spec('convert') is None\n"
         "assert importlib.util.find_spec('bench') is None\n"
-        "assert kvpred_mlx.load(kvpred_mlx.pair.loading.DEMO_PAIR)[1] is not None\n"
+        "assert kvpred_mlx.load(kvpred_mlx.pair.locating.DEMO_PAIR)[1] is not None\n"
         "assert importlib.metadata.version('kvpred-mlx') == kvpred_mlx.__version__\n"
     )
     run_installed(code, site)

@@ -22,7 +22,7 @@ from kvpred_mlx.bench.front.recall import Question
 from kvpred_mlx.bench.front.settings import FrontSettings
 from kvpred_mlx.bench.front.text import Data
 from kvpred_mlx.cli.making import dequantize
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
 SETTINGS = FrontSettings(

@@ -19,7 +19,7 @@ from kvpred_mlx.generation import repair as module
 from kvpred_mlx.generation import stream as generation
 from kvpred_mlx.generation.chunks import announce_prompt
 from kvpred_mlx.generation.repair import RepairingModel
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 TOLERANCE = 1e-4
 

@@ -16,13 +16,15 @@ from processes import command, serving
 
 import kvpred_mlx
 from kvpred_mlx.bench.studies.soak import soak
-from kvpred_mlx.pair.loading import DEMO_PAIR, context_length, read_config
+from kvpred_mlx.pair.loading import context_length, read_base_config
+from kvpred_mlx.pair.locating import DEMO_PAIR
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.generator import PairGenerator, PairPromptCache, PairProvider
+from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
 
 NAME = DEMO_PAIR.name
-CONTEXT = context_length(read_config(DEMO_PAIR))
+CONTEXT = context_length(read_base_config(DEMO_PAIR))
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PROMPT = (
     '"""Helpers."""\n\nimport os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n'
@@ -288,7 +290,8 @@ def test_a_short_soak(served):
 
 
 def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, expected):
-    generator = PairGenerator(PairProvider(*demo_pair, ServerSettings()), PairPromptCache(4), "pair", None)
+    served = ServedPair("pair", *demo_pair)
+    generator = PairGenerator(PairProvider([served], ServerSettings()), PairPromptCache(4))
     real, failures = mlx_lm.server.BatchGenerator.next, [RuntimeError("out of memory")]
 
     def fails_once(batch):
@@ -300,7 +303,8 @@ def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, 
 
     def answer():
         request = mlx_lm.server.CompletionRequest("text", PROMPT, [], None, None)
-        request.mode, request.draft, request.ttft, request.started = Mode(), None, None, time.perf_counter()
+        request.served, request.mode, request.draft = served, Mode(), None
+        request.ttft, request.started = None, time.perf_counter()
         sampling = mlx_lm.server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1)
         processors = mlx_lm.server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20)
         arguments = mlx_lm.server.GenerationArguments(

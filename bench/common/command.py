@@ -43,7 +43,8 @@ def open_pair(model: str | None) -> tuple[KVPredictionModel, TokenizerWrapper]:
         FileNotFoundError: no such directory, and no such repository could be fetched.
         ValueError: it is not a pair, or it has no tokenizer.
     """
-    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair, load
+    from kvpred_mlx.pair.loading import load
+    from kvpred_mlx.pair.locating import DEMO_PAIR, find_pair
 
     path = find_pair(model or DEMO_PAIR)
     pair, tokenizer = load(path)

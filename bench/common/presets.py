@@ -12,7 +12,9 @@ from mlx_lm.utils import get_total_parameters
 
 from kvpred_mlx.bench.common.machine import available_bytes
 from kvpred_mlx.convert.published import facts, openelm_shape
-from kvpred_mlx.pair.model import KVPredictionModel, Model, ModelArgs
+from kvpred_mlx.pair.config import ModelArgs
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.saved_model import Model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpred_mlx.bench.recipe.pretrain import SHORT_SHARE
 from kvpred_mlx.making.loss import LossWeights
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 
 NAME = "pycode"
 VOCABULARY = 4096

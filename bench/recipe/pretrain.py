@@ -21,7 +21,7 @@ from kvpred_mlx.making.pairing import load_part
 from kvpred_mlx.making.reports import Report
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.step import Terms
-from kvpred_mlx.pair.model import build_model
+from kvpred_mlx.pair.config import build_model
 
 TIMED_STEPS = 8
 SHORT_SHARE = 0.6  # of the steps, at the beginning, on halved rows: attention costs half there

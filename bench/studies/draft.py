@@ -20,7 +20,7 @@ from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.common.statistics import paired_ratio
 from kvpred_mlx.console import numbers, progress_bar, read_text
 from kvpred_mlx.generation.stream import stream_generate
-from kvpred_mlx.pair.loading import DEMO_PAIR
+from kvpred_mlx.pair.locating import DEMO_PAIR
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.progress import ProgressCallback, no_progress
 

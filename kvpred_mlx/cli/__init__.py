@@ -10,8 +10,10 @@ from kvpred_mlx.cli.convert import convert
 from kvpred_mlx.cli.demo import demo
 from kvpred_mlx.cli.evaluate import evaluate
 from kvpred_mlx.cli.fit import fit
+from kvpred_mlx.cli.fuse import fuse
 from kvpred_mlx.cli.generate import EPILOG, GenerateCommand, generate
 from kvpred_mlx.cli.info import info
+from kvpred_mlx.cli.pairs import pairs
 from kvpred_mlx.cli.pareto import pareto
 from kvpred_mlx.cli.quality import quality
 from kvpred_mlx.cli.serve import serve
@@ -34,8 +36,10 @@ app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(fit)
 app.command()(train)
+app.command()(fuse)
 app.command()(quality)
 app.command()(info)
+app.command()(pairs)
 app.command()(demo)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import OpenedPair, locate, open_for_measuring, preset_name
+from kvpred_mlx.cli.opening import OpenedPair, OtherModels, locate, open_for_measuring, preset_name
 from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar, read_text
 
@@ -24,6 +24,9 @@ NEEDED = ("scipy", "psutil")
 
 def bench(
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     preset: o.PresetOption = None,
     prompt_lens: o.PromptLens = None,
     batch_sizes: Annotated[list[str] | None, typer.Option(help="Prompts side by side, 1,4.")] = None,
@@ -76,11 +79,12 @@ def bench(
 
     settings = BenchSettings(lengths, batches, trials, max_tokens, steps, seed)
     path, name = _what(model, preset)
+    others = OtherModels(base, auxiliary, force)
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
     check_new(folder)
-    notes = [] if path is None else _check_context(path, lengths, model is None)
+    notes = [] if path is None else _check_context(path, base, lengths, model is None)
     text = None if prompt_file is None else read_text("--prompt-file", prompt_file)
-    opened = open_for_measuring(path, preset, dtype, seed, given_dial)
+    opened = open_for_measuring(path, preset, dtype, seed, given_dial, others)
     prompt = None if text is None else _prompt(opened, text, prompt_file, max(lengths))
     results: Results = {}
 
@@ -130,11 +134,11 @@ def _prompt(opened: OpenedPair, text: str, file: Path | None, longest: int) -> l
     return ids
 
 
-def _check_context(path: Path, lengths: list[int], is_demo: bool) -> list[str]:
+def _check_context(path: Path, base: str | None, lengths: list[int], is_demo: bool) -> list[str]:
     """Refuse lengths over the pair's context; the demo pair may be timed beyond its own, with a warning."""
-    from kvpred_mlx.pair.loading import context_length, read_config
+    from kvpred_mlx.pair.loading import context_length, read_base_config
 
-    context = context_length(read_config(path))
+    context = context_length(read_base_config(path, base))
     over = [n for n in lengths if context is not None and n > context]
     if over and not is_demo:
         raise typer.BadParameter(

@@ -11,7 +11,7 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import one_pair, open_pair
+from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation.conversation import Conversation
@@ -22,6 +22,9 @@ HELP = "/reset  forget the conversation    /exact on|off  the base alone, or pre
 def chat(
     pair: o.PairArgument = None,
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     trust_remote_code: o.TrustRemoteCode = False,
     temp: o.Temp = 0.0,
     top_p: o.TopP = 1.0,
@@ -49,7 +52,9 @@ def chat(
     from kvpred_mlx.generation.conversation import Conversation
 
     config = {"trust_remote_code": trust_remote_code}
-    opened = open_pair(model, exact=exact, dial=given_dial, tokenizer_config=config)
+    opened = open_pair(
+        model, OtherModels(base, auxiliary, force), exact=exact, dial=given_dial, tokenizer_config=config
+    )
     tokenizer = opened.tokenizer
     mx.random.seed(seed)
     options: dict[str, Any] = {

@@ -10,7 +10,8 @@ MAX_TOKENS = 40
 def demo() -> None:
     """Generate with the bundled pair, predicted and exact, and show both times to first token."""
     from kvpred_mlx.cli.opening import DEMO_NOTE
-    from kvpred_mlx.pair.loading import DEMO_PAIR, load
+    from kvpred_mlx.pair.loading import load
+    from kvpred_mlx.pair.locating import DEMO_PAIR
 
     pair, tokenizer = load(DEMO_PAIR)
     prompt = (DEMO_PAIR / "prompt.txt").read_text(encoding="utf-8")

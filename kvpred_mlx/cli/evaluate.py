@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpred_mlx.cli import options as o
-from kvpred_mlx.cli.opening import one_pair, open_pair
+from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair
 from kvpred_mlx.cli.values import check_installed, names
 from kvpred_mlx.console import progress_bar
 
@@ -24,6 +24,9 @@ NEEDED = ("scipy", "psutil", "lm-eval", "datasets")
 def evaluate(
     pair: o.PairArgument = None,
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     tasks: Annotated[
         str, typer.Option(help="triviaqa, humaneval, or any task of lm-eval, with commas between.")
     ] = "triviaqa",
@@ -86,7 +89,7 @@ def evaluate(
         top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
         include_path=include_path, seed=seed,
     )  # fmt: skip
-    opened = open_pair(model)
+    opened = open_pair(model, OtherModels(base, auxiliary, force))
     folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{opened.short_name}")
     run = Evaluation(opened.pair, opened.tokenizer, opened.name, settings, folder, opened.context)
     _run(run, folder, as_json, not no_plot)

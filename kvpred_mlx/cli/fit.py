@@ -19,6 +19,8 @@ def fit(
     auxiliary: o.Auxiliary = None,
     auxiliary_layers: o.AuxiliaryLayers = None,
     mlx_path: o.MlxPath = Path("mlx_model"),
+    q_bits: o.QBits = None,
+    q_group_size: o.QGroupSize = 64,
     source: o.Source = None,
     layer_map: o.LayerMap = "auto",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read, at most.")] = 200_000,
@@ -53,6 +55,7 @@ def fit(
     training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
     begun = making.fit_pair(chosen, training, data or [], max_seq_length, settings, sums)
     begun.made += ["Made with `kvpred-mlx fit`, not trained."]
+    making.quantize(begun, q_bits, q_group_size)
     output.save(begun)
     shutil.rmtree(sums, ignore_errors=True)
     if record is not None:

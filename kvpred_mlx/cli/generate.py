@@ -13,7 +13,7 @@ import typer.core
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, open_pair
+from kvpred_mlx.cli.opening import DEMO_NOTE, OpenedPair, OtherModels, open_pair
 from kvpred_mlx.cli.prompt import ChatTemplate, read_prompt
 from kvpred_mlx.cli.prompt_cache import OPTION as CACHE_OPTION
 from kvpred_mlx.cli.prompt_cache import SavedCache, read_cache
@@ -47,6 +47,9 @@ class GenerateCommand(typer.core.TyperCommand):
 
 def generate(
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; '-' reads standard input.")
     ] = None,
@@ -130,7 +133,8 @@ def generate(
     saved = read_cache(prompt_cache_file) if prompt_cache_file else None
     if saved is not None:
         saved.check_quantization(kv_bits, kv_group_size)
-    opened = _open(model, saved, exact, given_dial, trust_remote_code)
+    others = OtherModels(base, auxiliary, force)
+    opened = _open(model, others, saved, exact, given_dial, trust_remote_code)
     tokenizer = opened.tokenizer
     for token in extra_eos_token or []:
         tokenizer.add_eos_token(token)
@@ -167,14 +171,19 @@ def _check(repair: bool, repair_budget: float, draft: str | None, prompt_cache_f
 
 
 def _open(
-    model: str | None, saved: SavedCache | None, exact: bool, dial: dict[str, Any], trust_remote_code: bool
+    model: str | None,
+    others: OtherModels,
+    saved: SavedCache | None,
+    exact: bool,
+    dial: dict[str, Any],
+    trust_remote_code: bool,
 ) -> OpenedPair:
     """The pair that was named, or that made the prompt cache, or the bundled one."""
     chosen = model or (saved.model if saved else None)
     if chosen is None:
         print(DEMO_NOTE, file=sys.stderr)
     config = (saved.tokenizer_config if saved else {}) | {"trust_remote_code": trust_remote_code}
-    opened = open_pair(chosen, exact=exact, dial=dial, tokenizer_config=config)
+    opened = open_pair(chosen, others, exact=exact, dial=dial, tokenizer_config=config)
     if saved is not None:
         saved.check_pair(model, opened)
     return opened

@@ -14,13 +14,16 @@ from kvpred_mlx.cli.opening import locate, one_pair
 def info(
     pair: o.PairArgument = None,
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")] = False,
 ) -> None:
     """Show a pair's models, layer map, types and sizes."""
     from kvpred_mlx.pair.description import describe
 
     _, path = locate(one_pair(model, pair))
-    facts = describe(path)
+    facts = describe(path, base=base, auxiliary=auxiliary, force=force)
     print(json.dumps(facts) if as_json else _text(facts))
 
 
@@ -35,6 +38,9 @@ def _text(facts: dict[str, Any]) -> str:
             f"{role + ':':<11}{family}{part['parameters'] / 1e6:.2f} M parameters, "
             f"{part['bytes'] / 1e6:.2f} MB, {part['dtype']}{_quantization(part)}"
         )
+        if link := part.get("link"):
+            at = f" at {link['revision']}" if "revision" in link else ""
+            lines.append(f"{'':<11}linked to {link['path_or_hf_repo']}{at}")
     if facts["first_layers"]:
         lines.append(f"read by:   the base's first layers: {' or '.join(map(str, facts['first_layers']))}")
     else:

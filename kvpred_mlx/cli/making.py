@@ -139,7 +139,7 @@ def fit_pair(
             alone = fit_first_layers(taps, depths, packed, settings, progress, sums)
         read = f"first {' or '.join(map(str, depths))} layers"
         made = f"Maps behind the base's {read} were fitted in closed form on {alone.tokens:,} tokens."
-        pair = join_first_layers(base, alone.predictor)
+        pair = join_first_layers(base, alone.predictor, linked=True)
         return Begun(pair, base.tokenizer, (base.name, f"its own {read}"), [made], alone.tokens)
     auxiliary = KVTaps(second.model)
     try:
@@ -153,8 +153,21 @@ def fit_pair(
         f"The predictor (source {settings.source}, layer map {layer_map}) was fitted in closed form on "
         f"{fitted.tokens:,} tokens."
     )
-    pair = join(base, second, fitted.predictor)
+    pair = join(base, second, fitted.predictor, linked=True)
     return Begun(pair, base.tokenizer, (base.name, second.name), [made], fitted.tokens)
+
+
+def quantize(begun: Begun, bits: int | None, group_size: int) -> None:
+    """Quantize a pair's predictor, if bits are named."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    if bits is None:
+        return
+    predictor = begun.pair.predictor
+    nn.quantize(predictor, group_size, bits)
+    mx.eval(predictor.parameters())
+    begun.made += [f"The predictor is quantized: {bits} bits in groups of {group_size}."]
 
 
 def open_to_train(model: str) -> Begun:

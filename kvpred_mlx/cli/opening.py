@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def locate(model: str | Path | None) -> tuple[str, Path]:
     Raises:
         FileNotFoundError: no such directory, and no such repository could be fetched.
     """
-    from kvpred_mlx.pair.loading import DEMO_PAIR, find_pair
+    from kvpred_mlx.pair.locating import DEMO_PAIR, find_pair
 
     path = find_pair(model or DEMO_PAIR)
     return str(model or path.name), path
@@ -85,8 +85,18 @@ def preset_name(preset: str) -> str:
         raise typer.BadParameter(str(error), param_hint="--preset") from error
 
 
+@dataclass(frozen=True)
+class OtherModels:
+    """Models in the place of a pair's own (see `kvpred_mlx.pair.loading.load`)."""
+
+    base: str | None = None
+    auxiliary: str | None = None
+    force: bool = False
+
+
 def open_pair(
     model: str | Path | None,
+    others: OtherModels = OtherModels(),
     *,
     exact: bool = False,
     dial: dict[str, Any] | None = None,
@@ -95,6 +105,7 @@ def open_pair(
     """Load a pair, the bundled one without `model`, and put it in a mode.
 
     Args:
+        others: models in the place of its own.
         exact: the base alone.
         dial: exact positions in the place of the pair's own (see `kvpred_mlx.cli.dial.dial`).
         tokenizer_config: as mlx-lm's `load` takes it.
@@ -103,13 +114,13 @@ def open_pair(
         FileNotFoundError: no such directory, and no such repository could be fetched.
         ValueError: the directory does not hold a pair, or it cannot do what the dial asks for.
     """
-    from kvpred_mlx.pair.loading import context_length, load, read_config
+    from kvpred_mlx.pair.loading import context_length, load, read_base_config
 
     name, path = locate(model)
-    pair, tokenizer = load(path, tokenizer_config)
+    pair, tokenizer = load(path, tokenizer_config, **asdict(others))
     pair.exact = exact
     set_dial(pair, dial or {})
-    return OpenedPair(name, path, pair, context_length(read_config(path)), tokenizer)
+    return OpenedPair(name, path, pair, context_length(read_base_config(path, others.base)), tokenizer)
 
 
 def open_for_measuring(
@@ -118,12 +129,13 @@ def open_for_measuring(
     dtype: str | None,
     seed: int = 0,
     dial: dict[str, Any] | None = None,
+    others: OtherModels = OtherModels(),
 ) -> OpenedPair:
     """A pair, or a preset's with random weights, in the type that was asked for."""
     import mlx.core as mx
 
     if preset is None:
-        opened = open_pair(model, dial=dial)
+        opened = open_pair(model, others, dial=dial)
         if dtype is not None:
             opened.pair.set_dtype(getattr(mx, dtype))
             mx.eval(opened.pair.parameters())

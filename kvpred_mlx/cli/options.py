@@ -29,6 +29,14 @@ ModelOption = Annotated[
         "--model", help="Pair: a directory or a Hugging Face repo. Without it, the bundled one, pycode."
     ),
 ]
+OtherBase = Annotated[
+    str | None,
+    typer.Option("--base", help="The pair's base from another place, or quantized otherwise."),
+]
+OtherAuxiliary = Annotated[str | None, typer.Option("--auxiliary", help="Likewise its auxiliary.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take models even if the predictor was fitted on others.")
+]
 PairArgument = Annotated[str | None, typer.Argument(help="The same as --model PAIR.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the pair's tokenizer.")
@@ -166,6 +174,22 @@ FigureWindows = Annotated[
 RecordFolder = Annotated[
     Path | None,
     typer.Option("--record", help="Folder for what the models make of windows of the text, to train on."),
+]
+QBits = Annotated[
+    int | None,
+    typer.Option(
+        "--q-bits",
+        help="Quantize the predictor: 2, 3, 4, 5, 6 or 8 bits.",
+        callback=_one_of((2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
+    ),
+]
+QGroupSize = Annotated[
+    int,
+    typer.Option(
+        "--q-group-size",
+        help="Of its weights, that share a scale.",
+        callback=_one_of((32, 64, 128), "32, 64 or 128"),
+    ),
 ]
 MlxPath = Annotated[Path, typer.Option("--mlx-path", help="The directory to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")]

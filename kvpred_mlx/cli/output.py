@@ -45,6 +45,10 @@ class Output:
             self.mlx_path, made.pair, made.tokenizer, overwrite=self.overwrite,
             extras=lambda folder: write_card(folder, self._facts(made)),
         )  # fmt: skip
+        self.tell_size()
+
+    def tell_size(self) -> None:
+        """Print what was written, and how large it is."""
         print(f"{self.mlx_path}: {sum(f.stat().st_size for f in self.mlx_path.iterdir()) / 1e6:.1f} MB")
 
     def finish(self, made: Begun, measured: Callable[[], list[Quality]]) -> None:

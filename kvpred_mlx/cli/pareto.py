@@ -12,7 +12,7 @@ import typer
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.bench import NEEDED
-from kvpred_mlx.cli.opening import one_pair, open_for_measuring
+from kvpred_mlx.cli.opening import OtherModels, one_pair, open_for_measuring
 from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 def pareto(
     pair: o.PairArgument = None,
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     data: o.OptionalData = None,
     preset: o.PresetOption = None,
     prompt_lens: o.PromptLens = None,
@@ -71,7 +74,9 @@ def pareto(
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
     documents = [] if data is None else making.read_held_out(data, text_key, all_documents)
-    opened = open_for_measuring(model, preset, dtype, settings.seed)
+    opened = open_for_measuring(
+        model, preset, dtype, settings.seed, others=OtherModels(base, auxiliary, force)
+    )
     held_out = _encode(opened, documents) if documents else None
     if dequantize:
         making.dequantize(opened.pair)

@@ -10,7 +10,7 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import one_pair, open_pair
+from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair
 from kvpred_mlx.cli.output import show_figures
 from kvpred_mlx.console import numbers, progress_bar
 
@@ -18,6 +18,9 @@ from kvpred_mlx.console import numbers, progress_bar
 def quality(
     pair: o.PairArgument = None,
     model: o.ModelOption = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     data: o.OptionalData = None,
     prompt_lens: o.PromptLens = None,
     prompt_tokens: Annotated[  # what --prompt-lens was called
@@ -48,7 +51,7 @@ def quality(
     )
     if data is None:
         raise typer.BadParameter("missing, expected text, JSONL or a directory", param_hint="--data")
-    opened = open_pair(model, dial=given_dial)
+    opened = open_pair(model, OtherModels(base, auxiliary, force), dial=given_dial)
     tokenizer = opened.tokenizer
     if dequantize:
         making.dequantize(opened.pair)

@@ -10,15 +10,27 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import one_pair, open_pair, use_default_template
+from kvpred_mlx.cli.opening import OtherModels, open_pair, use_default_template
 from kvpred_mlx.cli.values import json_object
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def serve(
-    pair: o.PairArgument = None,
-    model: o.ModelOption = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PAIR]...", help="The same as --model PAIR, one or several."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="Pair: a directory, a Hugging Face repo or a name. Repeatable: the first is default.",
+        ),
+    ] = None,
+    base: o.OtherBase = None,
+    auxiliary: o.OtherAuxiliary = None,
+    force: o.Force = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     allowed_origins: Annotated[str, typer.Option(help="Allowed origins, with commas between.")] = "*",
@@ -57,11 +69,15 @@ def serve(
 
     A request may override what is said here of its mode, draft and sampling. With --kv-bits there are no batches.
     """
-    model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
+    chosen: list[str | None] = [*(model or []), *(pairs or [])]
+    if len(set(chosen)) < len(chosen):
+        raise typer.BadParameter(f"{', '.join(map(str, chosen))}, expected each once", param_hint="--model")
+    given_dial = dial(exact_first, exact_last, exact_top, depth)
     if log_level.upper() not in LEVELS:
         raise typer.BadParameter(f"{log_level!r}, expected {', '.join(LEVELS)}", param_hint="--log-level")
     template_args = json_object("--chat-template-args", chat_template_args)
 
+    from kvpred_mlx.serving.served import ServedPair
     from kvpred_mlx.serving.server import serve as run_server
     from kvpred_mlx.serving.settings import ServerSettings
 
@@ -69,9 +85,12 @@ def serve(
     config = {"trust_remote_code": trust_remote_code} | (
         {"chat_template": chat_template} if chat_template else {}
     )
-    opened = open_pair(model, exact=exact, dial=given_dial, tokenizer_config=config)
-    if use_default_chat_template:
-        use_default_template(opened.tokenizer)
+    others, served = OtherModels(base, auxiliary, force), []
+    for name in chosen or [None]:
+        opened = open_pair(name, others, exact=exact, dial=given_dial, tokenizer_config=config)
+        if use_default_chat_template:
+            use_default_template(opened.tokenizer)
+        served.append(ServedPair(opened.name, opened.pair, opened.tokenizer, opened.context))
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s")
     settings = ServerSettings(
         host=host, port=port, allowed_origins=allowed_origins.split(","), draft=draft_model or draft,
@@ -81,8 +100,11 @@ def serve(
         prompt_cache_size=prompt_cache_size, prompt_cache_bytes=cache_bytes, kv_bits=kv_bits,
         kv_group_size=kv_group_size, quantized_kv_start=quantized_kv_start,
     )  # fmt: skip
-    print(f"Serving {opened.name} at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr)
-    run_server(opened.pair, opened.tokenizer, opened.name, settings, opened.context)
+    print(
+        f"Serving {', '.join(pair.name for pair in served)} at http://{host}:{port}/v1 (Ctrl-C ends)",
+        file=sys.stderr,
+    )
+    run_server(served, settings)
 
 
 def _bytes(option: str, text: str | None) -> int | None:

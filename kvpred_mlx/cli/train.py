@@ -29,6 +29,8 @@ def train(
     auxiliary: o.Auxiliary = None,
     auxiliary_layers: o.AuxiliaryLayers = None,
     mlx_path: o.MlxPath = Path("mlx_model"),
+    q_bits: o.QBits = None,
+    q_group_size: o.QGroupSize = 64,
     source: o.Source = None,
     layer_map: o.LayerMap = "auto",
     fit_tokens: Annotated[
@@ -141,6 +143,7 @@ def train(
     if trainer.group.rank():
         return
     begun.made += [f"{how} with `kvpred-mlx train`."]
+    making.quantize(begun, q_bits, q_group_size)
     output.save(begun)
     shutil.rmtree(states, ignore_errors=True)
     output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length))

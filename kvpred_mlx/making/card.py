@@ -49,7 +49,7 @@ def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality] = ()) 
         if name and name.count("/") == 1 and name[0] not in "./~"
     ]
     data = ModelCardData(
-        library_name="mlx", tags=["mlx", "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
+        library_name="mlx", tags=["mlx", "kvpred", "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
         base_model=repositories or None, license=facts.licence,
     )  # fmt: skip
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(facts, figures)}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.pair.cpu_prefill import on_cpu
-from kvpred_mlx.pair.loading import quantization_config
+from kvpred_mlx.pair.links import float_type
+from kvpred_mlx.pair.loading import own_auxiliary, quantization_config
 from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -49,8 +48,7 @@ def joint_trainer(
         pair.auxiliary_taps.checkpointed = grad_checkpoint
         if not freeze_auxiliary:
             trained["auxiliary"] = pair.auxiliary
-            if pair.args is not None:  # from now on its weights are no longer the base's
-                pair.args = dataclasses.replace(pair.args, auxiliary_layers=None)
+            own_auxiliary(pair)
     quantized = [name for name, module in trained.items() if quantization_config(module)]
     if quantized:
         hint = ", or --freeze-auxiliary" if quantized == ["auxiliary"] else ""
@@ -70,7 +68,7 @@ def joint_trainer(
 def restored_types(pair: KVPredictionModel) -> Iterator[None]:
     """Give auxiliary and predictor at the end the types that they have now."""
     modules = [module for module in (pair.auxiliary, pair.predictor) if module is not None]
-    before = [(module, _dtype(module)) for module in modules]
+    before = [(module, float_type(module)) for module in modules]
     try:
         yield
     finally:
@@ -83,8 +81,3 @@ def restored_types(pair: KVPredictionModel) -> Iterator[None]:
 def default_dtype() -> str:
     """bfloat16 on a GPU; MLX's CPU backend is slow in half precision."""
     return "float32" if on_cpu() else "bfloat16"
-
-
-def _dtype(module: nn.Module) -> mx.Dtype:
-    arrays = dict(tree_flatten(module.parameters())).values()
-    return next((a.dtype for a in arrays if mx.issubdtype(a.dtype, mx.floating)), mx.float32)

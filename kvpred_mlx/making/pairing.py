@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kvpred_mlx.errors import UnsupportedModelError, one_line
-from kvpred_mlx.pair.kept_layers import KeptLayers
-from kvpred_mlx.pair.loading import TOKENIZER_FILES, find_pair
-from kvpred_mlx.pair.model import MIN_PROMPT_TOKENS, KVPredictionModel, ModelArgs, build_model
+from kvpred_mlx.pair import kept_layers
+from kvpred_mlx.pair.config import MIN_PROMPT_TOKENS, ModelArgs
+from kvpred_mlx.pair.links import Link, Part, Parts, float_type, load_single
+from kvpred_mlx.pair.locating import find_model, has_tokenizer
+from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
+from kvpred_mlx.taps.kv_taps import KVTaps
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
 SAMPLE = (
     "def naïve(x): return x[1:]  # 3.14 + 2718 → “quoted”, 日本語, \t\n\n"
     "Once upon a time, there were 12,345 words."
@@ -34,6 +36,7 @@ class LoadedModel:
         config: its `config.json`.
         tokenizer: None if it has none.
         layers: of the base, if it is made of some of its layers.
+        path: the directory that it was loaded from.
     """
 
     name: str
@@ -41,6 +44,7 @@ class LoadedModel:
     config: dict[str, Any]
     tokenizer: TokenizerWrapper | None = None
     layers: list[int] | None = None
+    path: Path | None = None
 
 
 def load_part(path_or_hf_repo: str) -> LoadedModel:
@@ -50,20 +54,12 @@ def load_part(path_or_hf_repo: str) -> LoadedModel:
         FileNotFoundError: there is no such model.
         ValueError: it is a pair, or it is damaged, or mlx-lm does not know its kind.
     """
-    path = find_pair(path_or_hf_repo)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json, so not a model directory")
-    try:
-        config = mlx_lm.utils.load_config(path)
-        if config.get("model_type") == "kvpred":
-            raise ValueError("it is a pair already, expected a single model")
-        model, config = mlx_lm.utils.load_model(path)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
-    has_tokenizer = any((path / name).exists() for name in TOKENIZER_FILES)
+    path = find_model(path_or_hf_repo)
+    model, config = load_single(path)
+    mx.eval(model.parameters())
     eos = config.get("eos_token_id")
-    tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=eos) if has_tokenizer else None
-    return LoadedModel(path_or_hf_repo, model, config, tokenizer)
+    tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=eos) if has_tokenizer(path) else None
+    return LoadedModel(path_or_hf_repo, model, config, tokenizer, path=path)
 
 
 def check_same_tokenizer(base: LoadedModel, auxiliary: LoadedModel) -> None:
@@ -101,20 +97,7 @@ def keep_layers(base: LoadedModel, kept: list[int]) -> LoadedModel:
     Raises:
         UnsupportedModelError: the family's config does not tell its number of layers in a known way.
     """
-    config = _with_layers(copy.deepcopy(base.config), len(base.model.layers), kept)
-    model = build_model(config)
-    if len(model.layers) != len(kept):
-        raise UnsupportedModelError(f"{base.config['model_type']}: layers cannot be left out of this family")
-    layers = KeptLayers(base.model, kept)
-    quantized = {n: m for n, m in base.model.named_modules() if "scales" in m and hasattr(m, "bits")}
-
-    def like_the_base(name: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = quantized.get(layers.original(name))
-        return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode} if found else False
-
-    if quantized:
-        nn.quantize(model, class_predicate=like_the_base)
-    model.load_weights(list(layers.shared(dict(tree_flatten(base.model.parameters()))).items()))
+    model, config = kept_layers.keep_layers(base.model, base.config, kept)
     name = f"{base.name}, layers {','.join(map(str, kept))}"
     return LoadedModel(name, model, config, base.tokenizer, kept)
 
@@ -124,8 +107,14 @@ def join(
     auxiliary: LoadedModel,
     predictor: Predictor,
     min_prompt_tokens: int = MIN_PROMPT_TOKENS,
+    *,
+    linked: bool = False,
 ) -> KVPredictionModel:
-    """A pair that is saved with the two models' own configs."""
+    """A pair that is saved with the two models' own configs.
+
+    Args:
+        linked: it is saved with links to them, and without their weights.
+    """
     args = ModelArgs(
         "kvpred",
         base.config,
@@ -135,31 +124,45 @@ def join(
         predictor.source,
         auxiliary_layers=auxiliary.layers,
     )
-    return KVPredictionModel(base.model, auxiliary.model, predictor, min_prompt_tokens, args=args)
+    taps = KVTaps(base.model), KVTaps(auxiliary.model)
+    parts = Parts()
+    if linked:
+        args, parts = _linked(args, [("base", base, taps[0]), ("auxiliary", auxiliary, taps[1])])
+        predictor.set_dtype(float_type(base.model))
+    return KVPredictionModel(*taps, predictor, min_prompt_tokens, args=args, parts=parts)
 
 
 def join_first_layers(
-    base: LoadedModel, predictor: FirstLayersPredictor, min_prompt_tokens: int = MIN_PROMPT_TOKENS
+    base: LoadedModel,
+    predictor: FirstLayersPredictor,
+    min_prompt_tokens: int = MIN_PROMPT_TOKENS,
+    *,
+    linked: bool = False,
 ) -> KVPredictionModel:
-    """A pair that reads with its base's first layers, saved with the base's own config.
+    """A pair that reads with its base's first layers, saved with the base's own config, or with a link to it.
 
     Raises:
         UnsupportedModelError: the base's first layers do not stand alone (`FirstLayersReader.check`).
     """
-    depths = list(predictor.depths)
+    depths, taps, parts = list(predictor.depths), KVTaps(base.model), Parts()
     args = ModelArgs("kvpred", base.config, min_prompt_tokens=min_prompt_tokens, first_layers=depths)
-    pair = KVPredictionModel(base.model, None, predictor, min_prompt_tokens, args=args)
+    if linked:
+        args, parts = _linked(args, [("base", base, taps)])
+        predictor.set_dtype(float_type(base.model))
+    pair = KVPredictionModel(taps, None, predictor, min_prompt_tokens, args=args, parts=parts)
     if pair.first_layers_reader is not None:
         pair.first_layers_reader.check()
     return pair
 
 
-def _with_layers(config: dict[str, Any], n_layers: int, kept: list[int]) -> dict[str, Any]:
-    """The config of a model with `kept` of its `n_layers`; lists with an entry a layer are cut too."""
-    for part in (config, config.get("text_config", {})):
-        for name, value in part.items():
-            if name in LAYER_COUNTS and value == n_layers:
-                part[name] = len(kept)
-            elif isinstance(value, list) and len(value) == n_layers:
-                part[name] = [value[i] for i in kept]
-    return config
+def _linked(args: ModelArgs, models: Sequence[tuple[str, LoadedModel, KVTaps]]) -> tuple[ModelArgs, Parts]:
+    """Links in the place of configs; layers of the base have none, they are found through it."""
+    parts, links = Parts(), dict[str, dict[str, Any] | None]()
+    for role, model, taps in models:
+        links[role] = None
+        if model.layers is None:
+            if model.path is None:
+                raise ValueError(f"{model.name}: it was not loaded from a place that could be linked to")
+            parts.by_role[role] = Part(model.path, model.config, taps)
+            links[role] = Link.to(model.name, model.path, taps).entry()
+    return args.with_models(links), parts

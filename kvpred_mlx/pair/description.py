@@ -12,29 +12,25 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
-from kvpred_mlx.pair.loading import (
-    TOKENIZER_FILES,
-    context_length,
-    load_model,
-    quantization_config,
-    read_config,
-)
+from kvpred_mlx.pair.links import ROLES
+from kvpred_mlx.pair.loading import context_length, load_model, quantization_config, read_base_config
+from kvpred_mlx.pair.locating import has_tokenizer
+from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The facts of the pair at `path`; weights are read from disk only as far as their headers.
+def describe(path: Path, **others: Any) -> dict[str, Any]:
+    """The facts of the pair at `path`, its linked models' too; weights are read from disk only as far as their headers.
+
+    Args:
+        others: `base`, `auxiliary` and `force`, as `load_model` takes them.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    model, config = load_model(path, lazy=True), read_config(path)
-    modules = {"base": model.base, "auxiliary": model.auxiliary}
-    roles: dict[str, Any] = {
-        role: module
-        and _part(module) | {"model_type": config[role]["model_type"], "layers": len(module.layers)}
-        for role, module in modules.items()
-    }
+    model = load_model(path, lazy=True, **others)
+    roles: dict[str, Any] = {role: _model(model, role) for role in ROLES}
+    base = model.parts.by_role.get("base")
     depths = model.predictor.depths if isinstance(model.predictor, FirstLayersPredictor) else None
     return {
         "path": str(path),
@@ -46,8 +42,8 @@ def describe(path: Path) -> dict[str, Any]:
         "first_layers": depths and list(depths),
         "min_prompt_tokens": model.min_prompt_tokens,
         "exact_positions": model.exact_positions.as_dict() if model.exact_positions else None,
-        "context_length": context_length(config),
-        "tokenizer": any((path / name).exists() for name in TOKENIZER_FILES),
+        "context_length": context_length(read_base_config(path, others.get("base"))),
+        "tokenizer": has_tokenizer(base.path if base else path),
     }
 
 
@@ -61,6 +57,21 @@ def norms_checksum(model: nn.Module) -> int:
     arrays: Any = dict(tree_flatten(model.parameters())).values()
     vectors = [a for a in arrays if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
     return crc32(b"".join(np.array(v.astype(mx.float32)).tobytes() for v in vectors))
+
+
+def _model(pair: KVPredictionModel, role: str) -> dict[str, Any] | None:
+    """One of the models; `link` is where it is, if the pair does not hold it itself."""
+    module, args = getattr(pair, role), pair.args
+    if module is None or args is None:
+        return None
+    of_base = pair.parts.config("base") or args.base
+    config = pair.parts.config(role) or getattr(args, role) or of_base
+    link = args.link(role)
+    return _part(module) | {
+        "model_type": config["model_type"],
+        "layers": len(module.layers),
+        "link": None if link is None else link.entry(),
+    }
 
 
 def _part(module: nn.Module) -> dict[str, Any]:

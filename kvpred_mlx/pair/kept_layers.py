@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from kvpred_mlx.errors import UnsupportedModelError
+from kvpred_mlx.pair.config import build_model
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
 
 
 class KeptLayers:
@@ -45,3 +53,39 @@ class KeptLayers:
             if own := names.get(f"{self._prefix}.{layer}"):
                 found[f"{own}.{rest}"] = array
         return found
+
+
+def keep_layers(
+    base: nn.Module, config: dict[str, Any], kept: Sequence[int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model made of some of a base's layers, with the base's own weights, not copies, and its config.
+
+    Raises:
+        UnsupportedModelError: the family's config does not tell its number of layers in a known way.
+    """
+    own = _with_layers(copy.deepcopy(config), len(base.layers), kept)
+    model = build_model(own)
+    if len(model.layers) != len(kept):
+        raise UnsupportedModelError(f"{config['model_type']}: layers cannot be left out of this family")
+    layers = KeptLayers(base, kept)
+    quantized = {n: m for n, m in base.named_modules() if "scales" in m and hasattr(m, "bits")}
+
+    def like_the_base(name: str, module: nn.Module) -> bool | dict[str, Any]:
+        found = quantized.get(layers.original(name))
+        return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode} if found else False
+
+    if quantized:
+        nn.quantize(model, class_predicate=like_the_base)
+    model.load_weights(list(layers.shared(dict(tree_flatten(base.parameters()))).items()))
+    return model, own
+
+
+def _with_layers(config: dict[str, Any], n_layers: int, kept: Sequence[int]) -> dict[str, Any]:
+    """The config of a model with `kept` of its `n_layers`; lists with an entry a layer are cut too."""
+    for part in (config, config.get("text_config", {})):
+        for name, value in part.items():
+            if name in LAYER_COUNTS and value == n_layers:
+                part[name] = len(kept)
+            elif isinstance(value, list) and len(value) == n_layers:
+                part[name] = [value[i] for i in kept]
+    return config

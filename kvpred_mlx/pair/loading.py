@@ -1,33 +1,25 @@
-"""Load and save pairs, in mlx-lm's flat directory format."""
+"""Load and save pairs, standalone or linked, in mlx-lm's flat directory format."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.nn as nn
 import mlx_lm.utils
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from kvpred_mlx.errors import one_line
+from kvpred_mlx.errors import UnsupportedModelError, one_line
 from kvpred_mlx.files import new_directory
-from kvpred_mlx.pair.model import KVPredictionModel, Model, ModelArgs
+from kvpred_mlx.pair.config import ModelArgs
+from kvpred_mlx.pair.kept_layers import keep_layers
+from kvpred_mlx.pair.links import ROLES, Link, sample_norms
+from kvpred_mlx.pair.locating import find_model, find_pair, has_tokenizer, read_config, read_model_config
+from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
-
-DEMO_PAIR = Path(__file__).parents[1] / "pycode"
-BUNDLED = {DEMO_PAIR.name: DEMO_PAIR}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "tiktoken.model",
-    "vocab.json",
-)
+from kvpred_mlx.pair.saved_model import Model
 
 
 def load(
@@ -36,46 +28,84 @@ def load(
     *,
     lazy: bool = False,
     revision: str | None = None,
+    base: str | None = None,
+    auxiliary: str | None = None,
+    force: bool = False,
 ) -> tuple[KVPredictionModel, TokenizerWrapper | None]:
     """Load a pair and its tokenizer from a directory or a Hugging Face repository.
 
     Returns:
         The model, and the tokenizer or None if the pair has none (it then takes token ids only).
 
+    Args:
+        base, auxiliary, force: see `load_model`.
+
     Raises:
         FileNotFoundError: no such directory, and no such repository could be fetched.
         ValueError: the directory does not hold a pair, or its weights are damaged or do not fit.
     """
     path = find_pair(path_or_hf_repo, revision)
-    model = load_model(path, lazy=lazy)
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    model = load_model(path, lazy=lazy, base=base, auxiliary=auxiliary, force=force)
+    source = model.parts.by_role["base"].path if "base" in model.parts.by_role else path
+    if not has_tokenizer(source):
         return model, None
-    config = read_config(path)
-    eos = config.get("eos_token_id", config["base"].get("eos_token_id"))
-    return model, mlx_lm.utils.load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+    eos = read_config(path).get("eos_token_id", read_base_config(path, base).get("eos_token_id"))
+    return model, mlx_lm.utils.load_tokenizer(source, tokenizer_config, eos_token_ids=eos)
 
 
-def load_model(path: str | Path, *, lazy: bool = False) -> KVPredictionModel:
+def load_model(
+    path: str | Path,
+    *,
+    lazy: bool = False,
+    base: str | None = None,
+    auxiliary: str | None = None,
+    force: bool = False,
+) -> KVPredictionModel:
     """Load a pair's model from a directory.
 
     Args:
         lazy: leave the weights on disk until they are first used.
+        base, auxiliary: the same models from another place, or quantized otherwise; directories or Hugging Face
+            repositories.
+        force: take them, and linked ones, even if the predictor was fitted on others.
 
     Raises:
-        FileNotFoundError: the directory or its config or weights are not there.
-        ValueError: the config or the weights are damaged, or do not fit each other.
+        FileNotFoundError: the directory, its config, its weights or one of its models are not there.
+        ValueError: the config or the weights are damaged, do not fit each other, or belong to other models.
     """
     path = Path(path)
-    read_config(path)
+    config = read_config(path)
+    replaced: dict[str, Any] = {}
+    for role, place in (("base", base), ("auxiliary", auxiliary)):
+        replaced |= _replacement(path, config, role, place, force)
     try:
         model, _ = mlx_lm.utils.load_model(
-            path, lazy=lazy, get_model_classes=lambda config: (Model, ModelArgs)
+            path, lazy=lazy, model_config=replaced, get_model_classes=lambda config: (Model, ModelArgs)
         )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {one_line(error)}") from error
+    except UnsupportedModelError:
+        raise
     except RuntimeError as error:  # mlx: a file that cannot be read, or ends early
         raise ValueError(f"{path}: damaged weights: {one_line(error)}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
     return cast(KVPredictionModel, model)
+
+
+def _replacement(
+    path: Path, config: dict[str, Any], role: str, place: str | None, force: bool
+) -> dict[str, Any]:
+    """The entry of a config with which a model is loaded from another place, or without a check."""
+    entry = config.get(role)
+    if place is None and (not force or Link.of(entry) is None):
+        return {}
+    if entry is None or (role == "auxiliary" and config.get("auxiliary_layers")):
+        raise ValueError(f"{path}: it reads with layers of its base, so there is no {role} to replace")
+    linked = Link.of(entry) or Link("")
+    if place is not None:
+        linked = replace(linked, path_or_hf_repo=place, revision=None)
+    return {role: asdict(replace(linked, checked=not force))}
 
 
 def save(
@@ -88,6 +118,8 @@ def save(
 ) -> None:
     """Save a pair as one flat mlx-lm directory; an interrupted save leaves nothing at `path`.
 
+    Linked models are not copied (see `fuse`).
+
     Args:
         extras: called with the directory before it takes its place, to add files of its own.
 
@@ -96,38 +128,75 @@ def save(
     """
     with new_directory(Path(path), overwrite) as directory:
         mlx_lm.utils.save_model(directory, _stored(model))
-        mlx_lm.utils.save_config(pair_config(model), directory / "config.json")
-        if tokenizer is not None:
+        mlx_lm.utils.save_config(pair_config(model, Path(path)), directory / "config.json")
+        if tokenizer is not None and "base" not in model.parts.by_role:
             tokenizer.save_pretrained(directory)
         extras(directory)
 
 
+def fuse(model: KVPredictionModel) -> None:
+    """Let a pair hold its linked models itself: it is then saved with them, as one standalone directory."""
+    _own(model, ROLES)
+
+
+def own_auxiliary(model: KVPredictionModel) -> None:
+    """Let a pair hold its auxiliary itself, whose weights are about to be trained."""
+    _own(model, ("auxiliary",))
+    if model.args is not None:
+        model.args = replace(model.args, auxiliary_layers=None)
+
+
+def _own(model: KVPredictionModel, roles: Sequence[str]) -> None:
+    args, base = model.args, model.parts.config("base")
+    if args is None:
+        return
+    if args.auxiliary is None and args.auxiliary_layers and base is not None:
+        args = replace(args, auxiliary=keep_layers(model.base, base, args.auxiliary_layers)[1])
+    for role in roles:
+        part = model.parts.by_role.pop(role, None)
+        if part is not None:
+            args = args.with_models({role: part.config})
+    model.args = args
+
+
 def _stored(model: KVPredictionModel) -> nn.Module:
-    """The parts whose weights are written: not an auxiliary's that are the base's own."""
-    if not (model.args and model.args.auxiliary_layers):
+    """The parts whose weights are written: not linked models, nor an auxiliary's weights that are the base's own."""
+    linked = model.parts.by_role
+    shared = model.args is not None and model.args.auxiliary_layers
+    if not linked and not shared:
         return model
-    stored = nn.Module()
-    stored.base, stored.predictor = model.base, model.predictor
+    stored, norms = nn.Module(), {}
+    for role in ROLES:
+        module = getattr(model, role)
+        if role in linked:
+            norms[role] = sample_norms(linked[role].weights)
+        elif module is not None and not (role == "auxiliary" and shared):
+            stored[role] = module
+    stored.predictor = model.predictor
+    if norms:
+        stored.norms = norms
     return stored
 
 
-def pair_config(model: KVPredictionModel) -> dict[str, Any]:
-    """The `config.json` of a pair (see `ModelArgs`), with the quantization that its modules have."""
-    config: dict[str, Any] = {"model_type": "kvpred", "base": _model_config(model.base, model.args, "base")}
+def pair_config(model: KVPredictionModel, path: Path | None = None) -> dict[str, Any]:
+    """The `config.json` of a pair (see `ModelArgs`), with the quantization that its modules have.
+
+    Args:
+        path: where it is saved, to which the paths of links are relative.
+    """
+    config: dict[str, Any] = {"model_type": "kvpred", "base": _entry(model, "base", path)}
     if isinstance(model.predictor, FirstLayersPredictor):
         config["first_layers"] = list(model.predictor.depths)
     else:
-        config |= {
-            "auxiliary": _model_config(model.auxiliary, model.args, "auxiliary"),
-            "layer_map": list(model.predictor.layer_map),
-            "source": model.predictor.source,
-        }
+        if model.args is None or model.args.auxiliary is not None:
+            config["auxiliary"] = _entry(model, "auxiliary", path)
+        config |= {"layer_map": list(model.predictor.layer_map), "source": model.predictor.source}
         if model.args and model.args.auxiliary_layers:
             config["auxiliary_layers"] = model.args.auxiliary_layers
     config["min_prompt_tokens"] = model.min_prompt_tokens
     if model.exact_positions:
         config["exact_positions"] = model.exact_positions.as_dict()
-    return config | quantization_config(model)
+    return config | quantization_config(_stored(model))
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -142,64 +211,32 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     return {"quantization": {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}}
 
 
-def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a pair: a directory, a bundled pair's name, or a Hugging Face repository, fetched.
+def read_base_config(path: Path, base: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a pair's base, wherever it is.
+
+    Args:
+        base: the place that it is taken from instead (see `load_model`).
 
     Raises:
-        FileNotFoundError: neither a directory nor a repository that could be fetched.
+        FileNotFoundError, ValueError: it is not there, or no config.
     """
-    path = Path(path_or_hf_repo).expanduser()
-    if path.exists():
-        return path
-    name = str(path_or_hf_repo)
-    if name in BUNDLED:
-        return BUNDLED[name]
-    if "/" not in name:
-        raise FileNotFoundError(f"{name}: no such directory, and not a bundled pair ({', '.join(BUNDLED)})")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name}: no such directory")
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=mlx_lm.utils.DEFAULT_ALLOW_PATTERNS)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such directory, and not to be had from the Hugging Face hub: {one_line(error)}"
-        ) from error
+    entry = read_config(path)["base"]
+    link = Link.of(entry) if base is None else Link(base)
+    return entry if link is None else read_model_config(find_model(link.path_or_hf_repo, link.revision))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A pair's `config.json`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON, or not a pair's.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}")
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json, so not a model directory")
-    try:
-        config = mlx_lm.utils.load_config(path)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / 'config.json'}: not JSON: {one_line(error)}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "kvpred":
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: model_type is {kind!r}, expected 'kvpred' (a pair)")
-    return config
-
-
-def context_length(config: dict[str, Any]) -> int | None:
-    """How many tokens a pair's base was made for, if its config says so."""
-    base = config["base"]
-    for part in (base, base.get("text_config", {})):
+def context_length(base_config: dict[str, Any]) -> int | None:
+    """How many tokens a base was made for, if its config says so."""
+    for part in (base_config, base_config.get("text_config", {})):
         for name in ("max_position_embeddings", "max_context_length", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(part.get(name), int):
                 return part[name]
     return None
 
 
-def _model_config(model: Any, pair_args: ModelArgs | None, role: str) -> dict[str, Any]:
-    if pair_args is not None:
-        return dict(getattr(pair_args, role))
-    return dataclasses.asdict(model.args)
+def _entry(model: KVPredictionModel, role: str, path: Path | None) -> dict[str, Any]:
+    """What a pair's config says of a model: a link, or its own config."""
+    if model.args is None:
+        return asdict(getattr(model, role).args)
+    link = model.args.link(role)
+    return dict(getattr(model.args, role)) if link is None else link.entry(path)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-from mlx_lm.utils import _get_classes
 
-from kvpred_mlx._registration import announce_config
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.config import MIN_PROMPT_TOKENS, ModelArgs
 from kvpred_mlx.pair.dialled import read_prompt
-from kvpred_mlx.pair.kept_layers import KeptLayers
+from kvpred_mlx.pair.links import Parts
 from kvpred_mlx.pair.parts import PairParts
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
-from kvpred_mlx.pair.sources import check_source, feature_widths
 from kvpred_mlx.taps.kv_taps import KVTaps
-
-MIN_PROMPT_TOKENS = 32
 
 
 class KVPredictionModel(PairParts):
@@ -42,6 +36,7 @@ class KVPredictionModel(PairParts):
         exact_positions: which of a prompt's positions the base computes exactly (None: the last token only); may
             be set at any time.
         args: the config that it is saved with (None: the models' own).
+        parts: the models that `args` links to.
 
     Raises:
         UnsupportedModelError: if a model cannot be tapped; names the family and the reason.
@@ -58,11 +53,13 @@ class KVPredictionModel(PairParts):
         min_prompt_tokens: int = MIN_PROMPT_TOKENS,
         exact_positions: ExactPositions | None = None,
         args: ModelArgs | None = None,
+        parts: Parts | None = None,
     ):
         super().__init__(base, auxiliary, predictor, min_prompt_tokens)
         self.exact = False
         self.exact_positions = exact_positions
         self.args = args
+        self.parts = parts or Parts()
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, *, exact: bool | None = None
@@ -96,93 +93,3 @@ class KVPredictionModel(PairParts):
         else:
             logits = self.base(inputs, cache=base_cache)
         return mx.depends(logits, entry.decoded(inputs))
-
-
-@dataclass
-class ModelArgs(BaseModelArgs):
-    """A saved pair's `config.json`: mlx-lm's configs of its models and what joins them.
-
-    Args:
-        model_type: kvpred.
-        base: its config.
-        auxiliary: its config; None if the base's first layers read.
-        layer_map, source: of a pair with an auxiliary (`Predictor`).
-        min_prompt_tokens, exact_positions: see `KVPredictionModel`.
-        first_layers: how many of the base's layers read: the depths that there are maps for.
-        auxiliary_layers: the auxiliary is these layers of the base, with its weights, which are then stored once.
-
-    Raises:
-        ValueError: an entry is not of its type.
-    """
-
-    model_type: str
-    base: dict[str, Any]
-    auxiliary: dict[str, Any] | None = None
-    layer_map: list[int] = field(default_factory=list)
-    min_prompt_tokens: int = MIN_PROMPT_TOKENS
-    source: str = "kv"
-    exact_positions: dict[str, Any] | None = None
-    first_layers: list[int] | None = None
-    auxiliary_layers: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        kinds = {"base": dict, "min_prompt_tokens": int}
-        if self.first_layers is None:
-            kinds |= {"auxiliary": dict, "layer_map": list, "source": str}
-        else:
-            kinds |= {"first_layers": list}
-        wrong = [
-            f"{name} is {value!r}, expected {kind.__name__}"
-            for name, kind in kinds.items()
-            if type(value := getattr(self, name)) is not kind
-        ]
-        configs = ("base", "auxiliary") if self.first_layers is None else ("base",)
-        wrong += [f"{n} has no model_type" for n in configs if "model_type" not in (getattr(self, n) or {})]
-        if self.first_layers is not None and self.auxiliary is not None:
-            wrong.append("auxiliary and first_layers are both there, expected one of the two")
-        try:
-            self.dial()
-        except (TypeError, ValueError) as error:
-            wrong.append(f"exact_positions is {self.exact_positions!r}: {error}")
-        if wrong:
-            raise ValueError("config.json: " + "; ".join(wrong))
-        if self.first_layers is None:
-            check_source(self.source)
-
-    def dial(self) -> ExactPositions | None:
-        """The pair's default of `KVPredictionModel.exact_positions`."""
-        return None if self.exact_positions is None else ExactPositions(**self.exact_positions)
-
-
-class Model(KVPredictionModel):
-    """A pair as mlx-lm builds it: from its config, before the weights are there."""
-
-    def __init__(self, args: ModelArgs):
-        base = KVTaps(build_model(args.base))
-        auxiliary: KVTaps | None = None
-        predictor: Predictor | FirstLayersPredictor
-        if args.first_layers is not None:
-            predictor = FirstLayersPredictor(args.first_layers, base.input_widths, base.widths)
-        else:
-            auxiliary = KVTaps(build_model(args.auxiliary or {}))
-            widths = feature_widths(args.source, auxiliary)
-            predictor = Predictor(args.layer_map, widths, base.widths, args.source)
-        super().__init__(base, auxiliary, predictor, args.min_prompt_tokens, args.dial(), args)
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """mlx-lm's hook between reading a pair's files and loading its weights: what is stored once serves twice."""
-        kept = self.args and self.args.auxiliary_layers
-        if not kept:
-            return weights
-        base = {n.removeprefix("base."): w for n, w in weights.items() if n.startswith("base.")}
-        shared = KeptLayers(self.base, kept).shared(base)
-        return weights | {f"auxiliary.{name}": array for name, array in shared.items()}
-
-
-def build_model(config: dict[str, Any]) -> nn.Module:
-    """The mlx-lm model of a config, with random weights that are made only if they are used."""
-    model_class, args_class = _get_classes(config)
-    return model_class(args_class.from_dict(config))
-
-
-announce_config()

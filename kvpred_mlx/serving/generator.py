@@ -1,11 +1,11 @@
-"""mlx-lm's generation thread with a pair: one model in several modes, never mixed in a batch or a prompt cache."""
+"""mlx-lm's generation thread with pairs, each in several modes, never mixed in a batch or a prompt cache."""
 
 from __future__ import annotations
 
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import Queue
 from typing import Any
 
@@ -17,42 +17,49 @@ from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.checks import check_prompt
+from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
 
 class PairProvider(ModelProvider):
-    """Provides one pair, in the mode that a request asks for.
+    """Provides pairs, in the mode that a request asks for.
 
     mlx-lm's server asks for models by name, empties its batch before it changes the model, and keeps prompt
-    caches by model.  Here the name is a mode's: so modes share neither batches nor caches.
+    caches by model.  Here the name is a pair's and a mode's: so modes share neither batches nor caches.
+
+    Args:
+        served: the pairs; the first answers requests that name none.
     """
 
     model: Any
     model_key: Any
     draft_model: Any
 
-    def __init__(self, pair: KVPredictionModel, tokenizer: Any, settings: ServerSettings):
+    def __init__(self, served: Sequence[ServedPair], settings: ServerSettings):
         super().__init__(settings)
-        self.pair, self.default_mode = pair, Mode.of(pair)
-        self.tokenizer = tokenizer
+        self.served = {pair.name: pair for pair in served}
+        self.default = served[0]
+        self.tokenizer = self.default.tokenizer
 
     def load_default(self) -> None:
-        self.load(str(self.default_mode), None, self.cli_args.draft)
+        self.load(self.default.model_name(self.default.default_mode), None, self.cli_args.draft)
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[KVPredictionModel, Any]:
-        Mode.parse(model_path).apply(self.pair)
-        self.model, self.model_key = self.pair, (model_path, adapter_path, draft_model_path)
-        self.draft_model = AuxiliaryDraft(self.pair) if draft_model_path == AUXILIARY else None
-        mergeable = all(hasattr(c, "merge") for c in make_prompt_cache(self.pair))
+        name, _, mode = model_path.rpartition("\n")
+        pair, self.tokenizer = self.served[name].pair, self.served[name].tokenizer
+        Mode.parse(mode).apply(pair)
+        self.model, self.model_key = pair, (model_path, adapter_path, draft_model_path)
+        self.draft_model = AuxiliaryDraft(pair) if draft_model_path == AUXILIARY else None
+        mergeable = all(hasattr(c, "merge") for c in make_prompt_cache(pair))
         self.is_batchable = mergeable and self.draft_model is None
-        return self.pair, self.tokenizer
+        return pair, self.tokenizer
 
     def reset(self) -> None:
-        """The generation thread has ended; the pair is the caller's."""
+        """The generation thread has ended; the pairs are the caller's."""
 
 
 class PairPromptCache(LRUPromptCache):
@@ -76,18 +83,12 @@ class PairPromptCache(LRUPromptCache):
 
 
 class PairGenerator(ResponseGenerator):
-    """mlx-lm's generation thread, for requests that carry a `mode` and get a `ttft` (see handler.py).
-
-    Args:
-        name: what requests call the pair.
-        context: tokens of prompt and answer together (None: no limit).
-    """
+    """mlx-lm's generation thread, for requests that carry a pair and a mode and get a `ttft` (see handler.py)."""
 
     model_provider: PairProvider
     requests: _Requests
 
-    def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache, name: str, context: int | None):
-        self.name, self.context = name, context
+    def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache):
         super().__init__(provider, prompt_cache)
         self.requests = _Requests()
 
@@ -97,16 +98,17 @@ class PairGenerator(ResponseGenerator):
         generation_args: GenerationArguments,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[Any, Iterator[Any]]:
-        # Models are modes here, and a draft of another mode is another model.
-        generation_args.model = ModelDescription(str(request.mode), request.draft, "")
+        # Models are pairs in modes here, and a draft of another mode is another model.
+        generation_args.model = ModelDescription(request.served.model_name(request.mode), request.draft, "")
         ctx, responses = super().generate(request, generation_args, progress_callback)
         return ctx, _timed(request, responses)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
         prompt, *rest = super()._tokenize(tokenizer, request, args)
-        check_prompt(prompt, self.context, self.model_provider.pair.vocab_size)
-        if self.context is not None:
-            args.max_tokens = min(args.max_tokens, self.context - len(prompt))
+        context = request.served.context
+        check_prompt(prompt, context, request.served.pair.vocab_size)
+        if context is not None:
+            args.max_tokens = min(args.max_tokens, context - len(prompt))
         return prompt, *rest
 
     def _run_generate(self) -> None:

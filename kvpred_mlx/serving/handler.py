@@ -16,11 +16,11 @@ from kvpred_mlx.generation.draft import AUXILIARY
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.checks import RequestError, check_input, check_types
 from kvpred_mlx.serving.generator import PairGenerator
+from kvpred_mlx.serving.served import BASE, ServedPair
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-BASE = ":base"  # after the pair's name: the base alone
 
 
 class _Answered(Exception):
@@ -32,7 +32,7 @@ class _Answered(Exception):
 
 
 class PairHandler(APIHandler):
-    """Requests for a pair.
+    """Requests for pairs.
 
     mlx-lm reads the request and writes the answer.  What it would refuse, and what it would trip over, ends
     in `_refuse`.
@@ -102,8 +102,10 @@ class PairHandler(APIHandler):
         """
         check_types(self.body)
         super().validate_model_parameters()
-        if self.logit_bias and not all(0 <= token < self._vocab_size for token in self.logit_bias):
-            raise RequestError(f"logit_bias has token ids outside 0 to {self._vocab_size - 1}", "logit_bias")
+        self._served = self._requested_pair()
+        size = self._served.pair.vocab_size
+        if self.logit_bias and not all(0 <= token < size for token in self.logit_bias):
+            raise RequestError(f"logit_bias has token ids outside 0 to {size - 1}", "logit_bias")
         check_input(self.body, chat="/chat/" in self.path)
         options = self.body.get("stream_options") or {}
         self.stream_options = {"include_usage": options.get("include_usage") is True}
@@ -111,7 +113,7 @@ class PairHandler(APIHandler):
         self._draft = self._requested_draft()
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        request.mode, request.draft = self._mode, self._draft
+        request.served, request.mode, request.draft = self._served, self._mode, self._draft
         request.ttft, request.started = None, time.perf_counter()
         self._request = request
         super().handle_completion(request, stop_words)
@@ -123,16 +125,16 @@ class PairHandler(APIHandler):
         return self._with_ttft(super().completion_usage_response(*args, **kwargs))
 
     def handle_models_request(self) -> None:
-        """The pair and its base, or one of them by name."""
+        """The pairs and their bases, or one of them by name."""
         created = self.created
         models: list[dict[str, Any]] = [
             {"id": name, "object": "model", "created": created, "owned_by": "kvpred-mlx"}
-            for name in (self._name, self._name + BASE)
+            for name in self._names
         ]
         wanted = unquote(self.path.partition("?")[0]).removeprefix("/v1/models").strip("/")
         found = [m for m in models if m["id"].strip("/") == wanted]
         if wanted and not found:
-            raise _unknown_model(wanted, self._name)
+            raise _unknown_model(wanted, self._names)
         self._set_completion_headers(200)
         self.end_headers()
         answer = found[0] if wanted else {"object": "list", "data": models}
@@ -144,25 +146,31 @@ class PairHandler(APIHandler):
         return response
 
     @property
-    def _name(self) -> str:
-        return self.response_generator.name
+    def _names(self) -> list[str]:
+        """All that requests may call a model."""
+        return [
+            name for pair in self.response_generator.model_provider.served.values() for name in pair.names
+        ]
 
-    @property
-    def _vocab_size(self) -> int:
-        return self.response_generator.model_provider.pair.vocab_size
+    def _requested_pair(self) -> ServedPair:
+        provider, name = self.response_generator.model_provider, self.requested_model
+        if name == "default_model":
+            return provider.default
+        found = next((pair for pair in provider.served.values() if name in pair.names), None)
+        if found is None:
+            raise _unknown_model(name, self._names)
+        return found
 
     def _requested_mode(self) -> Mode:
         name, override = self.requested_model, self.body.get("kvpred")
-        if name not in ("default_model", self._name, self._name + BASE):
-            raise _unknown_model(name, self._name)
-        mode = self.response_generator.model_provider.default_mode
-        if name.endswith(BASE) and name != self._name:
+        mode = self._served.default_mode
+        if name == self._served.name + BASE:
             mode = Mode(exact=True)
             if override not in (None, {}, {"exact": True}):
                 raise RequestError(f"kvpred is {override!r}, but {name} is the base alone", "kvpred")
         try:
             asked = mode if override is None else mode.override(override)
-            asked.check(self.response_generator.model_provider.pair)
+            asked.check(self._served.pair)
             return asked
         except ValueError as error:
             raise RequestError(str(error), "kvpred") from error
@@ -173,7 +181,7 @@ class PairHandler(APIHandler):
             draft = self.response_generator.cli_args.draft
         if draft not in (None, AUXILIARY):
             raise RequestError(f"draft_model is {draft!r}, expected {AUXILIARY!r} or null", "draft_model")
-        most = self.response_generator.model_provider.pair.min_prompt_tokens - 2
+        most = self._served.pair.min_prompt_tokens - 2
         if draft and not 1 <= self.num_draft_tokens <= most:
             raise RequestError(
                 f"num_draft_tokens is {self.num_draft_tokens}, expected 1 to {most}", "num_draft_tokens"
@@ -181,8 +189,8 @@ class PairHandler(APIHandler):
         return draft
 
 
-def _unknown_model(name: str, known: str) -> RequestError:
-    message = f"the model {name!r} does not exist, expected {known!r} or {known + BASE!r}"
+def _unknown_model(name: str, known: list[str]) -> RequestError:
+    message = f"the model {name!r} does not exist, expected {' or '.join(map(repr, known))}"
     return RequestError(message, "model", "model_not_found", status=404)
 
 
