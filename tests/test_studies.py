@@ -174,9 +174,17 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "forms-2.json").read_text())["forms"]
     assert list(found) == [
-        "linear", "rank 4", "rank 64", "joined with layer 1", "weighted by attention", "gated MLP, 8 wide"
+        "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention", "gated MLP, 8 wide"
     ]  # fmt: skip
     zero = found["rank 64"]["over linear"]["agreement"]
     assert (
         zero["mean"] == found["linear"]["over linear"]["agreement"]["mean"] == 0
     )  # as many ranks as features
+    write_model(tmp_path / "small", "llama", demo_pair[1])
+    both = [*forms[:4], "--auxiliary", tmp_path / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
+    code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "forms-small.json").read_text())["forms"]
+    assert [name for name in found if name.startswith("joined")] == [
+        f"joined with {k}" for k in ("1", "2", "1, 2")
+    ]

@@ -3,7 +3,8 @@
 `python -m kvpred_mlx.bench.studies.predictor_forms --base BASE --folder FOLDER --depth 14 --joined 7,10`, with the
 folder of `kvpred_mlx.bench.studies.first_layers`: the linear map, features of several layers joined, regression
 weighted by the attention that the base pays to each token, low-rank maps, and a small gated MLP beside the linear map;
-differences from the linear map are paired, window by window.
+differences from the linear map are paired, window by window.  With `--auxiliary SMALL` in the place of `--depth` the
+same for a pair of two models, whose even map joins each layer with those so many layers before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,10 +27,12 @@ from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.dial.importance import Importance
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import AsUsedLoss
+from kvpred_mlx.making.layer_maps import even
 from kvpred_mlx.making.moments import Moments, Ridge
 from kvpred_mlx.making.pairing import load_part
 from kvpred_mlx.making.recorded_quality import Scores, estimates, score
-from kvpred_mlx.making.recording import Batch, Recording
+from kvpred_mlx.making.recording import FACTS, Batch, Recording, write_json
+from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
@@ -38,39 +41,92 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 RIDGES = (1e-4, 1e-3, 1e-2)
 HELD_OUT = 8  # one window in so many chooses the ridge
 SHOWN = ("retention", "agreement", "first_token_agreement", "divergence")
-Form = Callable[[Batch], mx.array]  # keys and values behind the depth, side by side, `[B, P - 1, width]`
+Form = Callable[[Batch], mx.array]  # the predicted keys and values, side by side, `[B, P - 1, width]`
+
+
+class Part(NamedTuple):
+    """Columns of the recorded keys and values, and the features that they are predicted from."""
+
+    features: str
+    columns: slice
+
+
+Map = tuple[np.ndarray, np.ndarray]  # weight and bias
 
 
 def main(
     base: Annotated[str, typer.Option(help="The model of the study.")],
     folder: Annotated[Path, typer.Option(help="Of the study.")],
-    depth: Annotated[int, typer.Option(help="How many layers read.")],
-    joined: Annotated[list[str], typer.Option(help="Recorded layers to join with it, 7,10.")],
+    joined: Annotated[
+        list[str],
+        typer.Option(help="Recorded layers to join, 7,10; with --auxiliary, how many layers before."),
+    ],
+    depth: Annotated[int | None, typer.Option(help="How many layers read.")] = None,
+    auxiliary: Annotated[str | None, typer.Option(help="A second model that reads instead.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=HELD_OUT, help="To fit on. Default: all recorded.")
+    ] = None,
     ranks: Annotated[list[str] | None, typer.Option(help="Of low-rank maps.")] = None,
-    hidden: Annotated[int, typer.Option(min=1, help="Width of the gated MLP.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the MLP's training.")] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of each gated MLP.")] = 256,
+    epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 8,
     held_out: Annotated[str, typer.Option(help="The recording to measure on.")] = "held-448",
 ) -> None:
-    """Compare forms of the predictor at one depth, at equal or nearly equal TTFT."""
-    others = [k for k in numbers("--joined", joined, 1) if k < depth]
-    study = Forms(
-        KVTaps(load_part(base).model), Recording(folder / "train"), Recording(folder / held_out), depth
-    )
+    """Compare forms of the predictor, at equal or nearly equal TTFT."""
+    if (depth is None) == (auxiliary is None):
+        raise typer.BadParameter("expected one of the two", param_hint="--depth / --auxiliary")
+    distances = numbers("--joined", joined, 1)
+    taps = KVTaps(load_part(base).model)
+    train, held = Recording(folder / "train"), Recording(folder / held_out)
+    study: Forms
+    if auxiliary is None:
+        study, name = Forms(taps, depth or 1, train, held), str(depth)
+    else:
+        small, name = KVTaps(load_part(auxiliary).model), Path(auxiliary).name
+        train, held = (read_by(small, r, folder / f"{r.folder.name}-{name}", windows) for r in (train, held))
+        study = TwoModelForms(taps, len(small), train, held)
     rows: dict[str, Any] = {}
     linear: Scores | None = None
-    for name, form in study.forms(others, numbers("--ranks", ranks or ["64,256"], 1), hidden, epochs):
+    for form_name, form in study.forms(distances, numbers("--ranks", ranks or ["64,256"], 1), hidden, epochs):
         scores = study.score(form)
         linear = linear or scores
         found = {
             "itself": estimates(study.held, scores),
             "over linear": estimates(study.held, scores, over=linear),
         }
-        rows[name] = {
+        rows[form_name] = {
             which: {m: dataclasses.asdict(values[m]) for m in SHOWN} for which, values in found.items()
         }
-        print(name, json.dumps(rows[name]["over linear"]), flush=True)
-        text = json.dumps({"base": base, "depth": depth, "forms": rows}, indent=1)
-        write_file(folder / f"forms-{depth}.json", lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
+        print(form_name, json.dumps(rows[form_name]["over linear"]), flush=True)
+        facts = {"base": Path(base).name, "read by": name, "windows": len(study.train), "forms": rows}
+        text = json.dumps(facts, indent=1)
+        write_file(folder / f"forms-{name}.json", lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
+
+
+def read_by(auxiliary: KVTaps, recording: Recording, folder: Path, windows: int | None) -> Recording:
+    """The same windows, less than all of them if `windows` says so, with what a second model's layers read of them."""
+    if (folder / FACTS).is_file():
+        return Recording(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = json.loads((recording.folder / FACTS).read_text())
+    count = min(windows or len(recording), len(recording))
+    for name in facts["arrays"]:
+        link = folder / f"{name}.npy"
+        link.unlink(missing_ok=True)
+        link.symlink_to((recording.folder / link.name).resolve())
+    features: dict[str, int] = {}
+    with progress_bar("reading") as progress:
+        for i in range(count):
+            tokens = recording.rows([i], features=[])["prompts"][:, :-1]
+            for j, (array,) in enumerate(sources.record("hidden", auxiliary, tokens)[0]):
+                place, shape = folder / f"auxiliary_{j}.npy", (len(recording), *array.shape[1:])
+                if i == 0:
+                    np.lib.format.open_memmap(place, "w+", np.float16, shape).flush()
+                np.load(place, mmap_mode="r+")[i] = np.array(array.astype(mx.float32))[0]
+                features[place.stem] = array.shape[-1]
+            progress(i + 1, count)
+    facts |= {"features": features, "arrays": [*facts["arrays"], *features], "done": count}
+    write_json(folder / FACTS, facts)
+    return Recording(folder)
 
 
 class Forms:
@@ -78,106 +134,153 @@ class Forms:
 
     Args:
         taps: of the base.
-        train, held: recordings to fit and to measure on.
         depth: the layer.
+        train, held: recordings to fit and to measure on.
     """
 
-    def __init__(self, taps: KVTaps, train: Recording, held: Recording, depth: int):
-        self._taps, self._train, self.held, self._depth = taps, train, held, depth
+    def __init__(self, taps: KVTaps, depth: int, train: Recording, held: Recording):
+        self.taps, self.train, self.held = taps, train, held
+        self._depth = depth
         predictor = FirstLayersPredictor([depth], taps.input_widths, taps.widths)
         self._pair = KVPredictionModel(taps, None, predictor)
-        self._before = sum(sum(widths) for widths in taps.widths[: depth + 1])  # columns that need no map
+
+    def parts(self) -> list[Part]:
+        """What is predicted from what, in the order of the columns."""
+        before = sum(sum(widths) for widths in self.taps.widths[: self._depth + 1])  # they need no map
+        return [Part(f"layer_{self._depth}", slice(before, None))]
+
+    def joined(self, part: Part, others: list[int]) -> list[str]:
+        """Features of a part, those of other layers before its own."""
+        return [*(f"layer_{k}" for k in others if k < self._depth), part.features]
 
     def forms(
-        self, joined: list[int], ranks: list[int], hidden: int, epochs: int
+        self, others: list[int], ranks: list[int], hidden: int, epochs: int
     ) -> Iterator[tuple[str, Form]]:
         """Each form by name; the linear map first."""
-        own = [self._depth]
-        sums = self._sums(own)
-        weight, bias = self._solve(*sums)
-        yield "linear", self._linear(own, weight, bias)
-        whole = sums[0] + sums[1]
+        sums = self._sums([])
+        maps = [_solve(*s) for s in sums]
+        linear = self._linear([], maps)
+        yield "linear", linear
         for rank in ranks:
-            yield f"rank {rank}", self._linear(own, _low_rank(weight, whole, rank), bias)
-        for extra in joined:
-            yield f"joined with layer {extra}", self._fitted([extra, *own])
-        if len(joined) > 1:
-            yield "joined with " + ", ".join(map(str, joined)), self._fitted([*joined, *own])
-        yield "weighted by attention", self._fitted(own, self._attention())
-        yield f"gated MLP, {hidden} wide", self._mlp(weight, bias, hidden, epochs)
+            low = [(_low_rank(w, a + b, rank), bias) for (w, bias), (a, b) in zip(maps, sums, strict=True)]
+            yield f"rank {rank}", self._linear([], low)
+        for chosen in ([[k] for k in others] + [others]) if len(others) > 1 else [others]:
+            yield "joined with " + ", ".join(map(str, chosen)), self._fitted(chosen)
+        yield "weighted by attention", self._fitted([], self._attention())
+        yield f"gated MLP, {hidden} wide", self._mlp(linear, hidden, epochs)
 
     def score(self, form: Form) -> Scores:
         """Of the held-out windows."""
-        return score(self._pair, self.held, loss=_FormLoss(self.held, form, self._depth))
+        return score(self._pair, self.held, loss=_FormLoss(self.held, form))
 
-    def _fitted(self, layers: list[int], weights: np.ndarray | None = None) -> Form:
-        return self._linear(layers, *self._solve(*self._sums(layers, weights)))
+    def _fitted(self, others: list[int], weights: np.ndarray | None = None) -> Form:
+        return self._linear(others, [_solve(*s) for s in self._sums(others, weights)])
 
-    def _linear(self, layers: list[int], weight: np.ndarray, bias: np.ndarray) -> Form:
-        w, b = mx.array(weight.T.astype(np.float32)), mx.array(bias.astype(np.float32))
-        return lambda batch: _features(batch, layers) @ w + b
+    def _linear(self, others: list[int], maps: list[Map]) -> Form:
+        loaded = [(mx.array(w.T.astype(np.float32)), mx.array(b.astype(np.float32))) for w, b in maps]
+        named = [self.joined(part, others) for part in self.parts()]
 
-    def _sums(self, layers: list[int], weights: np.ndarray | None = None) -> tuple[Moments, Moments]:
-        """Of the windows that are fitted, and of those that choose the ridge; tokens may be weighted [W, P - 1]."""
-        sums: list[Moments] = []
+        def form(batch: Batch) -> mx.array:
+            made = (_features(batch, n) @ w + b for n, (w, b) in zip(named, loaded, strict=True))
+            return mx.concatenate(list(made), axis=-1)
+
+        return form
+
+    def _sums(self, others: list[int], weights: np.ndarray | None = None) -> list[tuple[Moments, Moments]]:
+        """Of each part: of the windows that are fitted, and of those that choose the ridge.
+
+        Args:
+            weights: of the tokens `[W, P - 1]`.
+        """
+        parts, sums = self.parts(), list[tuple[Moments, Moments]]()
         with progress_bar("summing up") as progress:
-            for i in range(len(self._train)):
-                batch = self._train.rows([i])
-                x = np.array(_features(batch, layers))[0].astype(float)
-                y = np.array(batch["kv"])[0, :, self._before :].astype(float)
-                sums = sums or [Moments.zeros(x.shape[1], y.shape[1]) for _ in range(2)]
-                of = sums[i % HELD_OUT == HELD_OUT - 1]
-                w = np.ones(len(x)) if weights is None else weights[i]
-                _add_weighted(of, x, y, w)
-                progress(i + 1, len(self._train))
-        return sums[0], sums[1]
-
-    def _solve(self, fitted: Moments, choosing: Moments) -> tuple[np.ndarray, np.ndarray]:
-        errors = Ridge(fitted).squared_errors(choosing, RIDGES).sum(axis=1)
-        weight, bias = Ridge(fitted + choosing).solve(RIDGES[int(errors.argmin())])
-        return weight, bias
+            for i in range(len(self.train)):
+                batch = self.train.rows([i])
+                kv = np.array(batch["kv"])[0]
+                for place, part in enumerate(parts):
+                    x = np.array(_features(batch, self.joined(part, others)))[0].astype(float)
+                    y = kv[:, part.columns].astype(float)
+                    if i == 0:
+                        zeros = (Moments.zeros(x.shape[1], y.shape[1]) for _ in range(2))
+                        sums.append(tuple(zeros))  # type: ignore[arg-type]
+                    chosen = sums[place][i % HELD_OUT == HELD_OUT - 1]
+                    _add_weighted(chosen, x, y, np.ones(len(x)) if weights is None else weights[i])
+                progress(i + 1, len(self.train))
+        return sums
 
     def _attention(self) -> np.ndarray:
         """How much the answers' last tokens attend to each token, `[W, P - 1]`: and half as much again to all alike."""
-        found, listener = [], Importance(self._taps.model)
-        for i in range(len(self._train)):
-            batch = self._train.rows([i])
-            cache = make_prompt_cache(self._taps.model)
-            kv = self._train.split_kv(batch["kv"])
-            self._taps.inject(kv, batch["prompts"][:, :-1], cache, logits=False)
+        found, listener = [], Importance(self.taps.model)
+        for i in range(len(self.train)):
+            batch = self.train.rows([i], features=[])
+            cache = make_prompt_cache(self.taps.model)
+            kv = self.train.split_kv(batch["kv"])
+            self.taps.inject(kv, batch["prompts"][:, :-1], cache, logits=False)
             answers = mx.concatenate([batch["prompts"][:, -1:], batch["continuations"][:, :-1]], axis=1)
             with listener.listen() as heard:
-                self._taps.model(answers, cache=cache)
+                self.taps.model(answers, cache=cache)
             n = kv[0].keys.shape[1]
             scores = heard.scores(n + answers.shape[1], answers.shape[1], [0])[:, :n]
             found.append(np.array(scores)[0])
         weights = np.stack(found)
         return 0.5 + 0.5 * weights / weights.mean(axis=1, keepdims=True)
 
-    def _mlp(self, weight: np.ndarray, bias: np.ndarray, hidden: int, epochs: int) -> Form:
-        """A gated MLP for what the linear map leaves, on standardized features and targets, by Adam."""
-        width, columns = weight.shape[1], weight.shape[0]
+    def _mlp(self, linear: Form, hidden: int, epochs: int) -> Form:
+        """Gated MLPs for what the linear maps leave, on standardized features and targets, by Adam."""
         mx.random.seed(0)
-        gated = _Gated(width, hidden, columns)
-        linear = self._linear([self._depth], weight, bias)
-        spread = mx.maximum(self._train.rows([0])["kv"][0, :, self._before :].std(0), 1e-3)
-        scale = mx.maximum(self._train.rows([0])[f"layer_{self._depth}"][0].std(0), 1e-3)
-        optimizer = optim.Adam(optim.cosine_decay(2e-3, epochs * len(self._train)))
+        parts, first = self.parts(), self.train.rows([0])
+        columns = [first["kv"][0, :, part.columns] for part in parts]
+        gated = [
+            _Gated(first[p.features].shape[-1], hidden, c.shape[-1])
+            for p, c in zip(parts, columns, strict=True)
+        ]
+        both = nn.Sequential(*gated)  # for its parameters' sake
+        spread = mx.maximum(mx.concatenate([c.std(0) for c in columns], axis=-1), 1e-3)
+        scales = [mx.maximum(first[part.features][0].std(0), 1e-3) for part in parts]
+        optimizer = optim.Adam(optim.cosine_decay(2e-3, epochs * len(self.train)))
 
-        def loss(model: _Gated, x: mx.array, left: mx.array) -> mx.array:
-            return ((model(x / scale) - left / spread) ** 2).mean()
+        def correction(batch: Batch) -> mx.array:
+            made = (m(batch[p.features] / s) for m, p, s in zip(both.layers, parts, scales, strict=True))
+            return mx.concatenate(list(made), axis=-1)
 
-        step = nn.value_and_grad(gated, loss)
+        def loss(model: nn.Module, batch: Batch, left: mx.array) -> mx.array:
+            return ((correction(batch) - left / spread) ** 2).mean()
+
+        step = nn.value_and_grad(both, loss)
         order = np.random.default_rng(0)
         for epoch in range(epochs):
-            for i in order.permutation(len(self._train)).tolist():
-                batch = self._train.rows([i])
-                left = batch["kv"][..., self._before :] - linear(batch)
-                value, gradient = step(gated, batch[f"layer_{self._depth}"], left)
-                optimizer.update(gated, gradient)
-                mx.eval(value, gated.parameters(), optimizer.state)
+            for i in order.permutation(len(self.train)).tolist():
+                batch = self.train.rows([i])
+                left = mx.concatenate([batch["kv"][..., p.columns] for p in parts], axis=-1) - linear(batch)
+                value, gradient = step(both, batch, left)
+                optimizer.update(both, gradient)
+                mx.eval(value, both.parameters(), optimizer.state)
             print(f"epoch {epoch + 1} of {epochs}: {value.item():.4f}", flush=True)
-        return lambda batch: linear(batch) + gated(batch[f"layer_{self._depth}"] / scale) * spread
+        return lambda batch: linear(batch) + correction(batch) * spread
+
+
+class TwoModelForms(Forms):
+    """What maps the hidden states of a second model to the base's keys and values, by the even layer map.
+
+    Args:
+        taps: of the base.
+        layers: of the auxiliary.
+        train, held: recordings with what it reads (`read_by`).
+    """
+
+    def __init__(self, taps: KVTaps, layers: int, train: Recording, held: Recording):
+        super().__init__(taps, 1, train, held)
+        self._map = even(len(taps), layers)
+
+    def parts(self) -> list[Part]:
+        ends = np.cumsum([0, *(sum(widths) for widths in self.taps.widths)]).tolist()
+        of = {j: [i for i, m in enumerate(self._map) if m == j] for j in dict.fromkeys(self._map)}
+        return [Part(f"auxiliary_{j}", slice(ends[i[0]], ends[i[-1] + 1])) for j, i in of.items()]
+
+    def joined(self, part: Part, others: list[int]) -> list[str]:
+        own = int(part.features.rpartition("_")[2])
+        names = [f"auxiliary_{max(own - k, 0)}" for k in others]
+        return list(dict.fromkeys([*names, part.features]))
 
 
 class _Gated(nn.Module):
@@ -194,10 +297,10 @@ class _Gated(nn.Module):
 
 
 class _FormLoss(AsUsedLoss):
-    """Entries behind the depth as a form makes them."""
+    """Entries as a form makes them; those before its columns are true."""
 
-    def __init__(self, recording: Recording, form: Form, depth: int):
-        super().__init__(recording, depth=depth)
+    def __init__(self, recording: Recording, form: Form):
+        super().__init__(recording)
         self._form = form
 
     def entries(self, pair: KVPredictionModel, batch: Batch) -> tuple[list[KV], list[KV]]:
@@ -207,8 +310,14 @@ class _FormLoss(AsUsedLoss):
         return self.recording.split_kv(mx.concatenate([before, made], axis=-1)), true
 
 
-def _features(batch: Batch, layers: list[int]) -> mx.array:
-    return mx.concatenate([batch[f"layer_{k}"] for k in layers], axis=-1)
+def _features(batch: Batch, names: list[str]) -> mx.array:
+    return mx.concatenate([batch[name] for name in names], axis=-1)
+
+
+def _solve(fitted: Moments, choosing: Moments) -> Map:
+    errors = Ridge(fitted).squared_errors(choosing, RIDGES).sum(axis=1)
+    weight, bias = Ridge(fitted + choosing).solve(RIDGES[int(errors.argmin())])
+    return weight, bias
 
 
 def _add_weighted(moments: Moments, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> None:
