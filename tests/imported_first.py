@@ -53,5 +53,5 @@ def check(name: str, pair: str) -> None:
         assert tokenizer.encode("x = 1")
     else:  # there are many modules: no weights, no tokenizer
         model, _ = mlx_lm.utils.load_model(Path(pair), lazy=True)
-    assert (type(model).__module__, type(model).__name__) == ("kvpred_mlx.pair.model", "Model")
+    assert (type(model).__module__, type(model).__name__) == ("kvpred_mlx.pair.saved_model", "Model")
     assert mlx_lm.models.cache.AuxiliaryCache.__module__ == "kvpred_mlx.pair.auxiliary_cache"

@@ -141,7 +141,7 @@ def test_bundled_pairs_have_names(run, golden_pair, tmp_path, monkeypatch):
     assert json.loads(run("info", "pycode", "--json")[1])["path"] == "pycode"
 
 
-TAKE_A_PAIR = ("chat", "serve", "quality", "info", "pareto", "eval")
+TAKE_A_PAIR = ("chat", "serve", "quality", "info", "pareto", "eval", "fuse")
 
 
 def test_a_pair_is_a_model_everywhere(run, golden_pair):

@@ -10,17 +10,14 @@ import typer
 
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
-from kvpred_mlx.cli.opening import OtherModels, open_pair, use_default_template
+from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair, use_default_template
 from kvpred_mlx.cli.values import json_object
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def serve(
-    pairs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PAIR]...", help="The same as --model PAIR, one or several."),
-    ] = None,
+    pair: o.PairArgument = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +66,7 @@ def serve(
 
     A request may override what is said here of its mode, draft and sampling. With --kv-bits there are no batches.
     """
-    chosen: list[str | None] = [*(model or []), *(pairs or [])]
+    chosen = [one_pair(model[0] if model else None, pair), *(model or [])[1:]]
     if len(set(chosen)) < len(chosen):
         raise typer.BadParameter(f"{', '.join(map(str, chosen))}, expected each once", param_hint="--model")
     given_dial = dial(exact_first, exact_last, exact_top, depth)
@@ -86,7 +83,7 @@ def serve(
         {"chat_template": chat_template} if chat_template else {}
     )
     others, served = OtherModels(base, auxiliary, force), []
-    for name in chosen or [None]:
+    for name in chosen:
         opened = open_pair(name, others, exact=exact, dial=given_dial, tokenizer_config=config)
         if use_default_chat_template:
             use_default_template(opened.tokenizer)

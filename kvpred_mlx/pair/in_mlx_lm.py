@@ -2,6 +2,8 @@
 
 mlx-lm hands a model class its config, not the directory that it came from; so the paths in a linked pair's config are
 made absolute where mlx-lm reads it.  And the tokenizer of a linked pair is its base's.
+
+Nothing of ours is imported here at once: it may be one of our modules whose import of mlx-lm leads here.
 """
 
 from __future__ import annotations
@@ -10,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm import utils
-
-from kvpred_mlx.pair.locating import find_model, has_tokenizer, is_repository
 
 _load_config, _load_tokenizer = utils.load_config, utils.load_tokenizer
 
@@ -30,6 +30,8 @@ def load_tokenizer(
     model_path: Any, tokenizer_config_extra: dict[str, Any] | None = None, eos_token_ids: Any = None
 ) -> Any:
     """mlx-lm's `load_tokenizer`; that of a linked pair's base for the pair."""
+    from kvpred_mlx.pair.locating import find_model, has_tokenizer
+
     path = Path(model_path)
     if (path / "config.json").is_file() and not has_tokenizer(path):
         config = load_config(path)
@@ -42,6 +44,8 @@ def load_tokenizer(
 
 
 def _absolute(pair: Path, place: str) -> str:
+    from kvpred_mlx.pair.locating import is_repository
+
     beside = (pair / place).resolve()
     if beside.exists() or not is_repository(place):
         return str(Path(place).expanduser() if place.startswith("~") else beside)
