@@ -15,8 +15,11 @@ from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.studies import convert_memory, pieces
 
 STUDIES = [
-    f"studies.{name}" for name in ("compare_sources", "draft", "first_layers", "pieces", "repair", "soak")
-]
+    f"studies.{name}"
+    for name in (
+        "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "soak"
+    )
+]  # fmt: skip
 COMMANDS = [*STUDIES, "studies.convert_memory", "recipe.demo_pair", "readme"]
 
 
@@ -139,6 +142,21 @@ def test_as_a_module():
     assert (
         done.stderr.startswith("draft: error: Invalid value for '--trials'") and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_fit_cost(tmp_path, run, demo_pair, small):
+    from test_making import TEXT, write_model
+
+    write_model(tmp_path / "base", "qwen3", demo_pair[1])
+    (tmp_path / "text.txt").write_text(TEXT)
+    command_line = ["--base", tmp_path / "base", "--data", tmp_path / "text.txt", "--tokens", 4096]
+    reads = ["--auxiliary", tmp_path / "base"] if small else ["--layers", "first:2"]
+    code, out, err = run("studies.fit_cost", *command_line, *reads)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["tokens"] == 4096 and found["fit_over_forward"] > 0
+    assert found["peak_resident_bytes"] >= found["resident_bytes_before"] > 0
 
 
 def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
