@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import huggingface_hub.constants
@@ -14,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 from conftest import fails
+from local_hub import local_hub
 from mlx.utils import tree_flatten
 from processes import command, serving
 from test_making import TEXT, write_model
@@ -202,6 +205,33 @@ def test_in_the_hub_s_cache(copy, monkeypatch, tmp_path, run):
     config["base"]["revision"] = COMMIT
     (copy / "hub/config.json").write_text(json.dumps(config))
     assert run("generate", "-p", "x", "-m", 2, "--model", "hub")[0] == 0
+
+
+def test_an_interrupted_download(copy, tmp_path):
+    """One line, and the next try goes on; then nothing is asked for again, and HF_HUB_OFFLINE asks for nothing."""
+    config = json.loads((copy / "first/config.json").read_text())
+    config["base"] |= {"path_or_hf_repo": "someone/base", "revision": COMMIT}
+    (copy / "first/config.json").write_text(json.dumps(config))
+    cache = tmp_path / "cache"
+    generate = command("generate", "-p", "x", "-m", 2, "--model", copy / "first")
+    with local_hub({"someone/base": copy / "base"}, COMMIT) as (hub, reached):
+        env = {**os.environ, **reached, "HF_HUB_CACHE": str(cache)}
+
+        def tried(**more):
+            return subprocess.run(generate, env={**env, **more}, capture_output=True, text=True, check=False)
+
+        hub.break_after = 50_000
+        done = tried()
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert "the base of the pair: someone/base at revision 0123" in last and "not to be had" in last
+        hub.break_after = None
+        assert tried().returncode == 0
+        asked = len(hub.sent)
+        assert tried(HF_HUB_OFFLINE="1").returncode == 0 and len(hub.sent) == asked
+        shutil.rmtree(cache / "models--someone--base/blobs")
+        done = tried(HF_HUB_OFFLINE="1")
+        assert done.returncode == 1 and "the base of the pair" in done.stderr.splitlines()[-1]
 
 
 def test_pairs_of_one_base_share_it(root):

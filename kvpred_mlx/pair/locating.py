@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx_lm.utils
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from kvpred_mlx.errors import one_line
 
@@ -53,7 +52,7 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=mlx_lm.utils.DEFAULT_ALLOW_PATTERNS)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # whatever the HTTP library raises that the hub's client happens to use
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
             f"{name}{at}: no such directory, and not to be had from the Hugging Face hub: {one_line(error)}"
