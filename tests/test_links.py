@@ -24,6 +24,7 @@ from test_making import TEXT, write_model
 import kvpred_mlx
 from kvpred_mlx import cli
 from kvpred_mlx.pair.description import weight_bytes
+from kvpred_mlx.pair.locating import BUNDLED
 
 PROMPT = mx.arange(1, 81)[None]
 NAMES = ("two", "first", "kept")
@@ -316,6 +317,16 @@ def test_several_are_served_by_name(root):
             assert exact.usage.model_extra["mode"] == "exact"
         with pytest.raises(openai.NotFoundError, match="two:base"):
             client.completions.create(model="nobody", prompt=prompt)
+
+
+def test_bundled_ones_have_names(copy, run, monkeypatch):
+    monkeypatch.setitem(BUNDLED, "small-coder", copy / "first")
+    assert run("generate", "-p", "x", "-m", 2, "--model", "small-coder")[0] == 0
+    [listed] = [
+        p for p in json.loads(run("pairs", "--offline", "--json")[1])["bundled"] if p["name"] != "pycode"
+    ]
+    assert listed["reads"] == "its first 1 or 2 layers" and listed["parts"] == {str(copy / "base"): True}
+    fails(run("generate", "-p", "x", "--model", "large-coder"), 1, "not a bundled pair (pycode, small-coder)")
 
 
 def test_pairs_lists_what_is_there(run, monkeypatch):

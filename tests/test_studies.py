@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 from pairs import make_pair
 
+import kvpred_mlx
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.studies import convert_memory, pieces
 
@@ -172,7 +174,7 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     command_line = [
         "--base", tmp_path / "base", "--depths", "1,2", "--data", tmp_path / "train", "--held-out", tmp_path / "held",
         "--folder", tmp_path / "out", "--windows", 5, "--counts", "3,5", "--held-windows", 3, "--recall", 1,
-        "--iters", 2, "--batch-size", 2, "--every", 1, "--trained", 2,
+        "--iters", 2, "--batch-size", 2, "--every", 1, "--trained", 2, "--saved", "1,2",
     ]  # fmt: skip
     code, _, err = run("studies.first_layers", *command_line)
     assert code == 0, err
@@ -184,6 +186,8 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     ]
     for row in results["rows"]:
         assert row["held-448"]["agreement"]["mean"] <= 1 and row["recall-448"]["recalled"]["mean"] <= 1
+    pair, _ = kvpred_mlx.load(tmp_path / "out" / "pair")
+    assert list(pair.predictor.depths) == [1, 2] and pair(mx.arange(1, 50)[None]).shape[1] == 49
     assert run("studies.first_layers", *command_line)[0] == 0
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["rows"] == results["rows"]

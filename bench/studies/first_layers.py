@@ -29,11 +29,12 @@ from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
 from kvpred_mlx.making.data import encode, read_documents
 from kvpred_mlx.making.fit import fit_recorded
-from kvpred_mlx.making.pairing import LoadedModel, load_part
+from kvpred_mlx.making.pairing import LoadedModel, join_first_layers, load_part
 from kvpred_mlx.making.recorded_quality import Scores, estimates, score
 from kvpred_mlx.making.recording import Recording, record
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.windows import Windows, cut_windows
+from kvpred_mlx.pair.loading import save
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -67,6 +68,7 @@ def main(
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Of each, interleaved with full prefills.")] = 3,
     every: Annotated[int, typer.Option(min=1, help="Steps between scores.")] = 20,
+    saved: Annotated[str, typer.Option(help="Depths of the linked pair to save in FOLDER/pair.")] = "",
 ) -> None:
     """Quality of pairs that read with their base's first layers."""
     study = Study(load_part(base), _numbers(depths), folder)
@@ -90,6 +92,8 @@ def main(
             study.train(depth, settings, every)
     if bench_lens:
         study.time(numbers("--bench-lens", bench_lens, 64), trials)
+    if saved:
+        study.save_pair(_numbers(saved))
     print(study.write_tables())
 
 
@@ -154,11 +158,7 @@ class Study:
 
     def train(self, depth: int, settings: TrainingSettings, every: int) -> None:
         """Train one depth from the last closed form, scoring now and then."""
-        last = max(
-            self._folder.glob("closed-form-*.safetensors"), key=lambda p: int(p.stem.rpartition("-")[2])
-        )
-        predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
-        predictor.load_weights(str(last))
+        predictor = self._last_closed_form()
         pair = KVPredictionModel(self._taps, None, predictor)
         train = self._recordings["train"]
         states = self._folder / f"training-{depth}"
@@ -172,6 +172,24 @@ class Study:
         mx.save_safetensors(
             str(self._folder / f"trained-{depth}.safetensors"), _flat(dict(predictor.at(depth).parameters()))
         )
+
+    def save_pair(self, depths: Sequence[int]) -> None:
+        """Save the maps of some depths, trained or else fitted on the most windows, as a pair linked to the base."""
+        fitted = self._last_closed_form()
+        predictor = FirstLayersPredictor(depths, self._taps.input_widths, self._taps.widths)
+        for depth in depths:
+            trained = self._folder / f"trained-{depth}.safetensors"
+            weights = (
+                mx.load(str(trained)) if trained.exists() else _flat(dict(fitted.at(depth).parameters()))
+            )
+            predictor.at(depth).load_weights(list(weights.items()))  # type: ignore[union-attr]
+        save(self._folder / "pair", join_first_layers(self._base, predictor, linked=True), overwrite=True)
+
+    def _last_closed_form(self) -> FirstLayersPredictor:
+        kept = self._folder.glob("closed-form-*.safetensors")
+        predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
+        predictor.load_weights(str(max(kept, key=lambda p: int(p.stem.rpartition("-")[2]))))
+        return predictor
 
     def time(self, lengths: Sequence[int], trials: int) -> None:
         """Times to the first token at each depth against full prefills, side by side, and what the FLOPs allow."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from kvpred_mlx.errors import one_line
 from kvpred_mlx.pair.links import ROLES, Link
-from kvpred_mlx.pair.locating import BUNDLED
+from kvpred_mlx.pair.locating import BUNDLED, read_config
 
 TAG = "kvpred"  # of pairs on the hub (`kvpred_mlx.making.card`)
 
@@ -42,7 +41,7 @@ class Listed:
 def bundled() -> Iterator[Listed]:
     """The pairs that come with the package."""
     for name, path in BUNDLED.items():
-        config = json.loads((path / "config.json").read_text())
+        config = read_config(path)
         links = {role: link for role in ROLES if (link := Link.of(config.get(role)))}
         yield Listed(
             name,
