@@ -13,6 +13,18 @@ NUMBERS = {  # parameters that mlx-lm would take true and false for
     "frequency_penalty", "frequency_context_size", "xtc_probability", "xtc_threshold",
 }  # fmt: skip
 FLAGS = {"stream", "logprobs"}
+RANGES = {
+    "xtc_threshold": (0, 0.5),
+    "xtc_probability": (0, 1),
+}  # mlx-lm's samplers refuse more, in mid-generation
+LARGEST = (1 << 31) - 1  # of sizes and counts: more does not fit MLX's integers
+UNKEPT = {  # what OpenAI promises, with the values that ask for nothing
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
 OBJECTS = ("logit_bias", "stream_options", "role_mapping", "chat_template_kwargs")
 
 
@@ -30,9 +42,18 @@ def check_types(body: dict[str, Any]) -> None:
     Raises:
         RequestError: naming the parameter.
     """
+    check_representable(body)
+    for name, values in UNKEPT.items():
+        if name in body and body[name] not in values:
+            raise RequestError(f"{name} is {_short(body[name])}, which is not supported", name)
     for name, value in body.items():
+        if name in NUMBERS - {"seed"} and type(value) is int and abs(value) > LARGEST:
+            raise RequestError(f"{name} is {value}, expected at most {LARGEST}", name)
         if isinstance(value, float) and not math.isfinite(value):
             raise RequestError(f"{name} is {value}, expected a finite number", name)
+        low, high = RANGES.get(name, (value, value))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise RequestError(f"{name} is {value}, expected {low} to {high}", name)
         if type(value) is bool and name in NUMBERS:
             raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
         if name in FLAGS and type(value) is not bool:
@@ -59,6 +80,41 @@ def check_types(body: dict[str, Any]) -> None:
             )
 
 
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say something: null stands for a field's default, as in OpenAI's interface."""
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def plain_text(content: Any) -> str:
+    """A message's content, given as text, as parts or as nothing, as text."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def check_representable(value: Any, where: str = "") -> None:
+    """Refuse text that is none: half of a character that JSON writes as two (a lone surrogate).
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            name = where.partition(".")[0] or None
+            raise RequestError(
+                f"{where or 'a name'} has half of a surrogate pair, expected text", name
+            ) from error
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_representable(key, where)
+            check_representable(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_representable(item, f"{where}[{i}]")
+
+
 def check_input(body: dict[str, Any], chat: bool) -> None:
     """Refuse a prompt or messages that are not text.
 
@@ -76,6 +132,7 @@ def check_input(body: dict[str, Any], chat: bool) -> None:
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RequestError(f"{where} is {_short(message)}, expected an object with a role", "messages")
+        _check_calls(message.get("tool_calls"), where)
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         texts = all(
@@ -86,6 +143,30 @@ def check_input(body: dict[str, Any], chat: bool) -> None:
     tools = body.get("tools")
     if not (tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools))):
         raise RequestError(f"tools is {_short(tools)}, expected a list of objects", "tools")
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    """Refuse a history of tool calls that mlx-lm could not hand to a chat template."""
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls is {_short(calls)}, expected a list", "messages")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(
+                f"{where}.tool_calls[{i}] is {_short(call)}, expected an object with a function and its name",
+                "messages",
+            )
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                json.loads(arguments)
+            except ValueError as error:
+                raise RequestError(
+                    f"{where}.tool_calls[{i}].function.arguments is {_short(arguments)}, expected JSON",
+                    "messages",
+                ) from error
 
 
 def check_prompt(prompt: list[int], context: int | None, vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.checks import check_prompt
+from kvpred_mlx.serving.random_state import mend_random_state
 from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
 
@@ -119,6 +120,11 @@ class PairGenerator(ResponseGenerator):
             except Exception as error:
                 logger.exception("generation failed")
                 self.requests.fail(error)
+                mend_random_state()
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        super()._serve_single(request, stream)
+        mend_random_state()  # it sends a failure to the client, and leaves the state to whom comes next
 
 
 class _Requests(Queue[tuple[Any, ...]]):

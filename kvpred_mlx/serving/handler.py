@@ -6,15 +6,18 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 from urllib.parse import unquote
 
+from jinja2 import TemplateError
 from mlx_lm.server import APIHandler
 
 from kvpred_mlx.errors import one_line
 from kvpred_mlx.generation.draft import AUXILIARY
 from kvpred_mlx.pair.modes import Mode
-from kvpred_mlx.serving.checks import RequestError, check_input, check_types
+from kvpred_mlx.serving.bodies import HeadersOnly, read_body
+from kvpred_mlx.serving.checks import RequestError, check_input, check_types, plain_text, without_nulls
 from kvpred_mlx.serving.generator import PairGenerator
 from kvpred_mlx.serving.served import BASE, ServedPair
 
@@ -42,28 +45,44 @@ class PairHandler(APIHandler):
     timeout = 120  # seconds for a client to send its request, or to take a piece of the answer
 
     def do_POST(self) -> None:
-        self._answer(super().do_POST)
+        self._answer(self._post)
 
     def do_GET(self) -> None:
         self._answer(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        body, self.wfile = self.wfile, HeadersOnly(self.wfile)  # type: ignore[assignment]
+        try:
+            self.do_GET()
+        finally:
+            self.wfile = body
+
+    def _post(self) -> None:
+        """Hand mlx-lm the body in one piece, without the fields that are null."""
+        raw, stream = read_body(self.rfile, self.headers, MAX_BODY_BYTES), self.rfile
+        try:
+            body = json.loads(raw.decode())
+        except (ValueError, RecursionError):
+            body = None  # mlx-lm says what is wrong with it
+        if isinstance(body, dict):
+            raw = json.dumps(without_nulls(body)).encode()
+        del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
+        self.headers["Content-Length"] = str(len(raw))
+        self.rfile = BytesIO(raw)
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = stream
 
     def _answer(self, handle: Callable[[], None]) -> None:
         self._streaming = False
         self._request: Any = None
         try:
-            self._check_length()
             handle()
         except (ConnectionError, TimeoutError):  # the client has gone, and mlx-lm has stopped generating
             self.close_connection = True
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             self._refuse(error)
-
-    def _check_length(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise RequestError(f"Content-Length is {length!r}, expected a number of bytes")
-        if int(length) > MAX_BODY_BYTES:
-            raise RequestError(f"the body has {length} bytes, expected at most {MAX_BODY_BYTES}", status=413)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         if status_code >= 400:
@@ -104,6 +123,7 @@ class PairHandler(APIHandler):
         super().validate_model_parameters()
         self._served = self._requested_pair()
         size = self._served.pair.vocab_size
+        self.top_k = 0 if self.top_k >= size else self.top_k  # all of them, which mlx-lm calls 0
         if self.logit_bias and not all(0 <= token < size for token in self.logit_bias):
             raise RequestError(f"logit_bias has token ids outside 0 to {size - 1}", "logit_bias")
         check_input(self.body, chat="/chat/" in self.path)
@@ -118,11 +138,22 @@ class PairHandler(APIHandler):
         self._request = request
         super().handle_completion(request, stop_words)
 
+    def handle_chat_completions(self) -> Any:
+        """mlx-lm's; where there is no chat template, content is text, whatever form it came in."""
+        if not self._served.tokenizer.has_chat_template:
+            self.body["messages"] = [
+                m | {"content": plain_text(m.get("content"))} for m in self.body["messages"]
+            ]
+        if self.body.get("tool_choice") == "none":
+            self.body.pop("tools", None)
+        return super().handle_chat_completions()
+
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self._with_ttft(super().generate_response(*args, **kwargs))
 
     def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self._with_ttft(super().completion_usage_response(*args, **kwargs))
+        response = super().completion_usage_response(*args, **kwargs)
+        return self._with_ttft(response | {"object": self.object_type})
 
     def handle_models_request(self) -> None:
         """The pairs and their bases, or one of them by name."""
@@ -203,7 +234,7 @@ def _describe(error: Exception, path: str) -> tuple[int, dict[str, Any]]:
         if status == 404 and not isinstance(
             reason, RequestError
         ):  # before the first token: a template, or worse
-            status = 400 if isinstance(reason, ValueError | TypeError | LookupError) else 500
+            status = 400 if isinstance(reason, ValueError | TypeError | LookupError | TemplateError) else 500
     message = one_line(reason)
     if isinstance(reason, RequestError):
         status = reason.status

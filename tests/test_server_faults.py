@@ -1,0 +1,171 @@
+"""Faults of kinds that people have reported of servers like this one: odd values, odd bodies, odd clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+
+import pytest
+from processes import command, serving
+from test_server import NAME, PROMPT, TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def served():
+    """The address of a server with the bundled pair, which has a chat template that can refuse."""
+    template = (
+        "{% if 'refuse' in messages[0].content %}{{ raise_exception('no such talk') }}{% endif %}" + TEMPLATE
+    )
+    with serving(command("serve", "--chat-template", template)) as started:
+        yield started[0]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The address of a server without a chat template."""
+    with serving(command("serve")) as started:
+        yield started[0]
+
+
+def connect(url):
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+
+
+def send(url, path, body, **headers):
+    """(status, what is answered); `body` as an object, or as bytes."""
+    connection = connect(url)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, json.loads(text) if text.startswith("{") else text
+
+
+def complete(url, **fields):
+    return send(url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 3, **fields})
+
+
+def chat(url, *messages, **fields):
+    return send(url, "/v1/chat/completions", {"messages": list(messages), "max_tokens": 3, **fields})
+
+
+def refused(answer, *parts):
+    status, body = answer
+    assert status == 400, body
+    error = body["error"]
+    assert error["type"] == "invalid_request_error" and all(p in error["message"] for p in parts), error
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.9}, ["xtc_threshold is 0.9", "0 to 0.5"]),
+        ({"xtc_probability": 1.5}, ["xtc_probability is 1.5", "0 to 1"]),
+        ({"repetition_context_size": 10**20}, ["repetition_context_size", "at most"]),
+        ({"max_tokens": 10**20}, ["max_tokens", "at most"]),
+        ({"stop": "\ud83d"}, ["stop", "surrogate"]),
+        ({"stop": ["a", "\udc00"]}, ["stop[1]", "surrogate"]),
+        ({"logit_bias": {"\ud83d": 1}}, ["logit_bias", "surrogate"]),
+        ({"echo": True}, ["echo", "not supported"]),
+        ({"response_format": {"type": "json_object"}}, ["response_format", "not supported"]),
+        ({"tool_choice": "required"}, ["tool_choice", "not supported"]),
+    ],
+)
+def test_odd_values_are_refused_and_the_next_request_is_answered(served, fields, parts):
+    refused(complete(served, temperature=0.7, **fields), *parts)
+    assert complete(served, temperature=0.7)[0] == 200
+
+
+@pytest.mark.parametrize("top_k", [4095, 4096, 100_000])
+def test_more_than_all_tokens_are_all(served, top_k):
+    assert complete(served, temperature=0.7, top_k=top_k)[0] == 200
+    assert complete(served, temperature=0.7)[0] == 200
+
+
+def test_a_bad_request_ends_no_other_stream(served):
+    found = []
+    fields = {"stream": True, "max_tokens": 60}
+    thread = threading.Thread(target=lambda: found.append(complete(served, **fields)))
+    thread.start()
+    for bad in ({"stop": "\ud83d"}, {"frequency_context_size": 10**20}, {"xtc_threshold": 2.0}):
+        refused(complete(served, **bad))
+    thread.join()
+    status, text = found[0]
+    assert status == 200 and text.rstrip().endswith("data: [DONE]") and "error" not in text
+
+
+def test_null_stands_for_the_default(served):
+    names = (
+        "temperature top_p top_k min_p stop seed logprobs stream stream_options logit_bias presence_penalty n "
+        "frequency_penalty max_completion_tokens xtc_probability top_logprobs echo response_format kvpred model"
+    )
+    found = complete(served, **dict.fromkeys(names.split()))
+    assert found[0] == 200 and found[1]["choices"][0]["text"] == complete(served)[1]["choices"][0]["text"]
+
+
+def test_a_template_that_refuses(served):
+    refused(chat(served, {"role": "user", "content": "refuse this"}), "no such talk")
+
+
+@pytest.mark.parametrize(
+    "calls", [["f"], "f", [{}], [{"function": {}}], [{"function": {"name": "f", "arguments": "{"}}]]
+)
+def test_tool_calls_that_are_none(served, calls):
+    history = {"role": "assistant", "content": None, "tool_calls": calls}
+    refused(chat(served, {"role": "user", "content": "x"}, history), "messages[1].tool_calls")
+
+
+def test_without_a_template_content_is_text(plain):
+    """Given as parts or as nothing."""
+    said = chat(plain, {"role": "user", "content": "def f"}, {"role": "assistant", "content": ""})
+    parts = [{"type": "text", "text": "def "}, {"type": "text", "text": "f"}]
+    as_parts = chat(plain, {"role": "user", "content": parts}, {"role": "assistant", "content": None})
+    assert (
+        said[0] == as_parts[0] == 200
+        and said[1]["usage"]["prompt_tokens"] == as_parts[1]["usage"]["prompt_tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "expected"),
+    [
+        ("/v1/completions", {"prompt": PROMPT}, "text_completion"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "chat.completion.chunk"),
+    ],
+)
+def test_every_chunk_has_its_endpoint_s_object(served, path, fields, expected):
+    options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
+    _, text = send(served, path, {**fields, **options})
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert {chunk["object"] for chunk in chunks} == {expected} and "usage" in chunks[-1]
+
+
+def test_bodies_in_chunks(served):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 3}).encode()
+    pieces = (body[i : i + 7] for i in range(0, len(body), 7))
+    connection = connect(served)
+    connection.request(
+        "POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True
+    )
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert json.loads(answer.read())["choices"][0]["text"] == complete(served)[1]["choices"][0]["text"]
+    refused(send(served, "/v1/completions", b"zz\r\n", **{"Transfer-Encoding": "chunked"}), "a chunk's size")
+
+
+def test_head(served):
+    for path, status in (("/v1/models", 200), ("/health", 200), ("/nothing", 404)):
+        connection = connect(served)
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert answer.status == status and answer.read() == b""
+        connection.close()
+    assert NAME in json.dumps(send_get(served, "/v1/models"))
+
+
+def send_get(url, path):
+    connection = connect(url)
+    connection.request("GET", path)
+    return json.loads(connection.getresponse().read())
