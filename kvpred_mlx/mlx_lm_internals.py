@@ -122,6 +122,7 @@ USED: dict[str, dict[str, str]] = {
         "GenerationArguments": "",
         "GenerationArguments.max_tokens": "",
         "GenerationArguments.model": "",
+        "GenerationArguments.stop_words": "",
         "ModelDescription": "model draft adapter",
         "ModelDescription.draft": "",
         "ModelProvider": "cli_args",

@@ -304,7 +304,7 @@ def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, 
     def answer():
         request = mlx_lm.server.CompletionRequest("text", PROMPT, [], None, None)
         request.served, request.mode, request.draft = served, Mode(), None
-        request.ttft, request.started = None, time.perf_counter()
+        request.ttft, request.started, request.check_client = None, time.perf_counter(), lambda: None
         sampling = mlx_lm.server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1)
         processors = mlx_lm.server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20)
         arguments = mlx_lm.server.GenerationArguments(

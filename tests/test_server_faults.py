@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
+import time
 
+import mlx_lm.server
 import pytest
 from processes import command, serving
 from test_server import NAME, PROMPT, TEMPLATE
+
+from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving.generator import PairGenerator, PairPromptCache, PairProvider
+from kvpred_mlx.serving.handler import PairHandler
+from kvpred_mlx.serving.served import ServedPair
+from kvpred_mlx.serving.settings import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,72 @@ def test_every_chunk_has_its_endpoint_s_object(served, path, fields, expected):
     _, text = send(served, path, {**fields, **options})
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert {chunk["object"] for chunk in chunks} == {expected} and "usage" in chunks[-1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"draft_model": "auxiliary"}, {"seed": 1}])
+def test_stop_strings_inside_tokens(served, fields):
+    """Text before the first one and nothing after it, wherever it begins and ends."""
+    whole = complete(served, max_tokens=24)[1]["choices"][0]["text"]
+    for begin, end in ((3, 5), (7, 15), (10, 11)):
+        stop = whole[begin:end]
+        status, answer = complete(served, max_tokens=24, stop=["never to be found", stop], **fields)
+        assert status == 200
+        if fields.get("stream"):
+            chunks = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+            text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+            reason = chunks[-1]["choices"][0]["finish_reason"]
+        else:
+            text, reason = answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]
+        assert (text, reason) == (whole[: whole.find(stop)], "stop")
+
+
+def test_logprobs_in_openai_s_shapes(served):
+    _, found = complete(served, logprobs=True, top_logprobs=3, max_tokens=4)
+    choice = found["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    for word, value, tops in zip(
+        *(choice["logprobs"][n] for n in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert list(tops.values()) == sorted(tops.values(), reverse=True) and tops[word] == value == max(
+            tops.values()
+        )
+    _, found = chat(served, {"role": "user", "content": PROMPT}, logprobs=True, top_logprobs=2)
+    for entry in found["choices"][0]["logprobs"]["content"]:
+        tops = [t["logprob"] for t in entry["top_logprobs"]]
+        assert (
+            tops == sorted(tops, reverse=True)
+            and len(tops) == 2
+            and bytes(entry["bytes"]).decode() == entry["token"]
+        )
+    refused(complete(served, logprobs=True, stream=True), "logprobs are not supported in a stream")
+    refused(complete(served, top_logprobs=2), "top_logprobs without logprobs")
+
+
+def test_a_client_that_goes_away_ends_its_request(demo_pair):
+    """Also one that did not ask for a stream: at the next token, or at the next piece of its prompt."""
+    handler, (here, there) = object.__new__(PairHandler), socket.socketpair()
+    handler.connection = here
+    generator = PairGenerator(
+        PairProvider([ServedPair("pair", *demo_pair)], ServerSettings()), PairPromptCache(4)
+    )
+    try:
+        request = mlx_lm.server.CompletionRequest("text", PROMPT, [], None, None)
+        request.served, request.mode, request.draft = generator.model_provider.default, Mode(), None
+        request.ttft, request.started, request.check_client = None, time.perf_counter(), handler._check_client
+        sampling = mlx_lm.server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.1)
+        processors = mlx_lm.server.LogitsProcessorArguments({0: -100.0}, 0.0, 20, 0.0, 20, 0.0, 20)
+        arguments = mlx_lm.server.GenerationArguments(
+            None, sampling, processors, [], 400, 3, False, -1, None, None
+        )
+        ctx, answer = generator.generate(request, arguments)
+        assert next(answer).text is not None
+        there.close()
+        with pytest.raises(ConnectionError):
+            list(answer)
+        ctx.stop()  # what mlx-lm's handler does then
+    finally:
+        generator.stop_and_join()
+        here.close()
 
 
 def test_bodies_in_chunks(served):

@@ -58,6 +58,12 @@ def check_types(body: dict[str, Any]) -> None:
             raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
         if name in FLAGS and type(value) is not bool:
             raise RequestError(f"{name} is {value!r}, expected true or false", name)
+    if body.get("stream") and (
+        body.get("logprobs") or (isinstance(body.get("top_logprobs"), int) and body["top_logprobs"] > 0)
+    ):
+        raise RequestError("logprobs are not supported in a stream, expected one of the two", "logprobs")
+    if isinstance(body.get("top_logprobs"), int) and body["top_logprobs"] > 0 and not body.get("logprobs"):
+        raise RequestError("top_logprobs without logprobs, expected logprobs: true beside it", "top_logprobs")
     seed = body.get("seed")
     if type(seed) is int and not 0 <= seed < 1 << 64:
         raise RequestError(f"seed is {seed}, expected 0 to {(1 << 64) - 1}", "seed")

@@ -20,6 +20,7 @@ from kvpred_mlx.serving.checks import check_prompt
 from kvpred_mlx.serving.random_state import mend_random_state
 from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
+from kvpred_mlx.serving.stops import stopped
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +102,15 @@ class PairGenerator(ResponseGenerator):
     ) -> tuple[Any, Iterator[Any]]:
         # Models are pairs in modes here, and a draft of another mode is another model.
         generation_args.model = ModelDescription(request.served.model_name(request.mode), request.draft, "")
-        ctx, responses = super().generate(request, generation_args, progress_callback)
-        return ctx, _timed(request, responses)
+        stops, generation_args.stop_words = generation_args.stop_words, []
+
+        def progress(done: int, total: int) -> None:
+            request.check_client()
+            if progress_callback is not None:
+                progress_callback(done, total)
+
+        ctx, responses = super().generate(request, generation_args, progress)
+        return ctx, stopped(_timed(request, responses), stops)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
         prompt, *rest = super()._tokenize(tokenizer, request, args)
@@ -145,6 +153,7 @@ class _Requests(Queue[tuple[Any, ...]]):
 
 def _timed(request: Any, responses: Iterator[Any]) -> Iterator[Any]:
     for response in responses:
+        request.check_client()
         if request.ttft is None:
             request.ttft = time.perf_counter() - request.started
         yield response

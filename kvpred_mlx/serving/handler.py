@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import select
+import socket
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -19,6 +21,7 @@ from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving.bodies import HeadersOnly, read_body
 from kvpred_mlx.serving.checks import RequestError, check_input, check_types, plain_text, without_nulls
 from kvpred_mlx.serving.generator import PairGenerator
+from kvpred_mlx.serving.logprobs import logprobs
 from kvpred_mlx.serving.served import BASE, ServedPair
 
 logger = logging.getLogger(__name__)
@@ -135,8 +138,15 @@ class PairHandler(APIHandler):
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
         request.served, request.mode, request.draft = self._served, self._mode, self._draft
         request.ttft, request.started = None, time.perf_counter()
+        request.check_client = self._check_client
         self._request = request
         super().handle_completion(request, stop_words)
+
+    def _check_client(self) -> None:
+        """Raise ConnectionError if nobody waits for the answer any more: mlx-lm then ends the request."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError("the client has gone")
 
     def handle_chat_completions(self) -> Any:
         """mlx-lm's; where there is no chat template, content is text, whatever form it came in."""
@@ -149,7 +159,14 @@ class PairHandler(APIHandler):
         return super().handle_chat_completions()
 
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self._with_ttft(super().generate_response(*args, **kwargs))
+        response = super().generate_response(*args, **kwargs)
+        choice = response["choices"][0]
+        if "logprobs" in choice:
+            names = ("tokens", "token_logprobs", "top_tokens")
+            choice["logprobs"] = logprobs(
+                self._served.tokenizer, *(kwargs.get(name) or [] for name in names), chat="message" in choice
+            )
+        return self._with_ttft(response)
 
     def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         response = super().completion_usage_response(*args, **kwargs)
