@@ -194,7 +194,7 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     forms = ["--base", tmp_path / "base", "--folder", tmp_path / "out", "--depth", 2, "--joined", "1"]
     code, _, err = run("studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "forms-2.json").read_text())["forms"]
+    found = json.loads((tmp_path / "out" / "forms-2-5.json").read_text())["forms"]
     assert list(found) == [
         "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention", "gated MLP, 8 wide"
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     both = [*forms[:4], "--auxiliary", tmp_path / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
     code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "forms-small.json").read_text())["forms"]
+    found = json.loads((tmp_path / "out" / "forms-small-5.json").read_text())["forms"]
     assert [name for name in found if name.startswith("joined")] == [
         f"joined with {k}" for k in ("1", "2", "1, 2")
     ]

@@ -38,6 +38,7 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
+KINDS = ("rank", "joined", "attention", "mlp")
 RIDGES = (1e-4, 1e-3, 1e-2)
 HELD_OUT = 8  # one window in so many chooses the ridge
 SHOWN = ("retention", "agreement", "first_token_agreement", "divergence")
@@ -66,6 +67,7 @@ def main(
     windows: Annotated[
         int | None, typer.Option(min=HELD_OUT, help="To fit on. Default: all recorded.")
     ] = None,
+    kinds: Annotated[str, typer.Option(help="Beside the linear map.")] = ",".join(KINDS),
     ranks: Annotated[list[str] | None, typer.Option(help="Of low-rank maps.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Width of each gated MLP.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 8,
@@ -74,19 +76,24 @@ def main(
     """Compare forms of the predictor, at equal or nearly equal TTFT."""
     if (depth is None) == (auxiliary is None):
         raise typer.BadParameter("expected one of the two", param_hint="--depth / --auxiliary")
-    distances = numbers("--joined", joined, 1)
+    distances, chosen = numbers("--joined", joined, 1), kinds.split(",")
+    if not set(chosen) <= set(KINDS):
+        raise typer.BadParameter(f"{kinds!r}, expected some of {', '.join(KINDS)}", param_hint="--kinds")
     taps = KVTaps(load_part(base).model)
     train, held = Recording(folder / "train"), Recording(folder / held_out)
     study: Forms
     if auxiliary is None:
-        study, name = Forms(taps, depth or 1, train, held), str(depth)
+        train.done = min(windows or len(train), len(train))
+        study, name = Forms(taps, depth or 1, train, held), f"{depth}-{len(train)}"
     else:
         small, name = KVTaps(load_part(auxiliary).model), Path(auxiliary).name
-        train, held = (read_by(small, r, folder / f"{r.folder.name}-{name}", windows) for r in (train, held))
-        study = TwoModelForms(taps, len(small), train, held)
+        train = read_by(small, train, folder / f"train-{name}", windows)
+        held = read_by(small, held, folder / f"{held_out}-{name}", None)
+        study, name = TwoModelForms(taps, len(small), train, held), f"{name}-{len(train)}"
     rows: dict[str, Any] = {}
     linear: Scores | None = None
-    for form_name, form in study.forms(distances, numbers("--ranks", ranks or ["64,256"], 1), hidden, epochs):
+    given = numbers("--ranks", ranks or ["64,256"], 1)
+    for form_name, form in study.forms(chosen, distances, given, hidden, epochs):
         scores = study.score(form)
         linear = linear or scores
         found = {
@@ -154,20 +161,23 @@ class Forms:
         return [*(f"layer_{k}" for k in others if k < self._depth), part.features]
 
     def forms(
-        self, others: list[int], ranks: list[int], hidden: int, epochs: int
+        self, kinds: list[str], others: list[int], ranks: list[int], hidden: int, epochs: int
     ) -> Iterator[tuple[str, Form]]:
-        """Each form by name; the linear map first."""
+        """Each form of these kinds by name; the linear map first."""
         sums = self._sums([])
         maps = [_solve(*s) for s in sums]
         linear = self._linear([], maps)
         yield "linear", linear
-        for rank in ranks:
+        for rank in ranks if "rank" in kinds else []:
             low = [(_low_rank(w, a + b, rank), bias) for (w, bias), (a, b) in zip(maps, sums, strict=True)]
             yield f"rank {rank}", self._linear([], low)
-        for chosen in ([[k] for k in others] + [others]) if len(others) > 1 else [others]:
+        choices = [[k] for k in others] + ([others] if len(others) > 1 else [])
+        for chosen in choices if "joined" in kinds else []:
             yield "joined with " + ", ".join(map(str, chosen)), self._fitted(chosen)
-        yield "weighted by attention", self._fitted([], self._attention())
-        yield f"gated MLP, {hidden} wide", self._mlp(linear, hidden, epochs)
+        if "attention" in kinds:
+            yield "weighted by attention", self._fitted([], self._attention())
+        if "mlp" in kinds:
+            yield f"gated MLP, {hidden} wide", self._mlp(linear, hidden, epochs)
 
     def score(self, form: Form) -> Scores:
         """Of the held-out windows."""
