@@ -66,6 +66,7 @@ def main(
     bench_lens: Annotated[
         list[str] | None, typer.Option(help="Prompt lengths to time the first token at, 512,2048.")
     ] = None,
+    timed: Annotated[str, typer.Option(help="The depths to time (default: all).")] = "",
     trials: Annotated[int, typer.Option(min=1, help="Of each, interleaved with full prefills.")] = 3,
     every: Annotated[int, typer.Option(min=1, help="Steps between scores.")] = 20,
     saved: Annotated[str, typer.Option(help="Depths of the linked pair to save in FOLDER/pair.")] = "",
@@ -91,7 +92,8 @@ def main(
             )  # fmt: skip
             study.train(depth, settings, every)
     if bench_lens:
-        study.time(numbers("--bench-lens", bench_lens, 64), trials)
+        lengths = numbers("--bench-lens", bench_lens, 64)
+        study.time(_numbers(timed) if timed else _numbers(depths), lengths, trials)
     if saved:
         study.save_pair(_numbers(saved))
     print(study.write_tables())
@@ -191,12 +193,12 @@ class Study:
         predictor.load_weights(str(max(kept, key=lambda p: int(p.stem.rpartition("-")[2]))))
         return predictor
 
-    def time(self, lengths: Sequence[int], trials: int) -> None:
-        """Times to the first token at each depth against full prefills, side by side, and what the FLOPs allow."""
+    def time(self, depths: Sequence[int], lengths: Sequence[int], trials: int) -> None:
+        """Times to the first token at some depths against full prefills, side by side, and what the FLOPs allow."""
         predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
         mx.eval(predictor.parameters())  # random maps take as long as fitted ones
         pair = KVPredictionModel(self._taps, None, predictor)
-        for depth in self._depths:
+        for depth in depths:
             pair.exact_positions = ExactPositions(depth=((depth, 1.0),))
             with progress_bar(f"depth {depth}") as progress:
                 settings = BenchSettings(list(lengths), trials=trials, max_tokens=2)
