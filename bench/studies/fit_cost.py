@@ -1,7 +1,8 @@
 """What a closed-form fit costs beside the forward passes that it cannot do without.
 
 `python -m kvpred_mlx.bench.studies.fit_cost --base BASE --auxiliary SMALL --data TEXT`, or without `--auxiliary` for a
-base and its own first half.  The forward passes over the same batches are timed before and after the fit.
+base and its own first half.  The forward passes over the same batches are timed before and after the fit.  Solving
+takes as long for many tokens as for few, so it stands apart from reading.
 """
 
 from __future__ import annotations
@@ -52,13 +53,20 @@ def main(
         FirstLayers(taps, depths) if small is None else TwoModels(taps, small, settings.source)
     )
     before = _forward(recorder, packed, settings, batches)
+    times: dict[str | None, list[float]] = {}
     began = time.perf_counter()
     with progress_bar("fitting") as progress:
+
+        def timed(done: int, total: int, what: str | None = None) -> None:
+            times.setdefault(what, []).append(time.perf_counter())
+            progress(done, total, what)
+
         if small is None:
-            fitted: Any = fit_first_layers(taps, depths, packed, settings, progress)
+            fitted: Any = fit_first_layers(taps, depths, packed, settings, timed)
         else:
-            fitted = fit(taps, small, packed, settings, progress)
+            fitted = fit(taps, small, packed, settings, timed)
     seconds = time.perf_counter() - began
+    reading = sum(marks[-1] - marks[0] for marks in times.values())
     after = _forward(recorder, packed, settings, batches)
     forward = (before + after) / 2
     found = {
@@ -67,6 +75,9 @@ def main(
         "tokens": fitted.tokens,
         "fit_seconds": seconds,
         "forward_seconds": [before, after],
+        "reading_seconds": reading,
+        "solving_seconds": seconds - reading,
+        "reading_over_forward": reading / forward,
         "fit_over_forward": seconds / forward,
         "tokens_per_second": fitted.tokens / seconds,
         "weight_bytes": held,
