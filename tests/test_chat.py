@@ -121,6 +121,20 @@ def test_in_a_pipe(run):
     assert out.splitlines()[-1] == "bye"
 
 
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
+def test_lines_that_are_no_text_are_passed_over(locale):
+    """And in a locale that knows no emoji, one is an emoji."""
+    lines = b"def \xff\xfe\n# \xf0\x9f\x99\x82 def f(x):\n/exit\n"
+    done = subprocess.run(
+        command("chat", "-m", 3), input=lines, capture_output=True, env={**os.environ, **locale}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode("utf-8", "replace")
+    assert (
+        shown.count("is not UTF-8 text") == 1 and shown.count("TTFT") == 1 and shown.rstrip().endswith("bye")
+    )
+
+
 def test_the_pipe_may_just_end(run):
     for draft in ("--draft-model", "--draft"):  # its old name
         code, out, _ = run(

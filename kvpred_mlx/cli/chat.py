@@ -12,6 +12,7 @@ import typer
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.dial import Depth, ExactFirst, ExactLast, ExactTop, dial
 from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair
+from kvpred_mlx.errors import one_line
 
 if TYPE_CHECKING:
     from kvpred_mlx.generation.conversation import Conversation
@@ -82,7 +83,10 @@ def _talk(conversation: Conversation, shown: Namespace) -> None:
     with _ui(shown) as ui:
         while True:
             try:
-                text = ui.prompt()
+                text = _text(ui.prompt())
+            except UnicodeDecodeError as error:
+                ui.note(f"that line is not UTF-8 text ({one_line(error)}), and is passed over")
+                continue
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -95,6 +99,15 @@ def _talk(conversation: Conversation, shown: Namespace) -> None:
             elif text.strip():
                 _answer(conversation, ui, text, shown.max_tokens)
         ui.note("bye")
+
+
+def _text(line: str) -> str:
+    """A line as it was meant: bytes that the terminal's encoding could not tell are UTF-8.
+
+    Raises:
+        UnicodeDecodeError: they are not.
+    """
+    return line.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def _answer(conversation: Conversation, ui: Any, text: str, max_tokens: int) -> None:
