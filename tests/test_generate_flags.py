@@ -14,11 +14,13 @@ import typer.main
 from conftest import fails
 from mlx_lm import cache_prompt
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx import load
 from kvpred_mlx.cli import app
 from kvpred_mlx.cli.generate import EPILOG
 from kvpred_mlx.cli.prompt import ChatTemplate
+from kvpred_mlx.generation.stream import encode
 from kvpred_mlx.pair.loading import context_length, read_base_config
 from kvpred_mlx.pair.locating import DEMO_PAIR
 
@@ -272,3 +274,31 @@ def test_cache_files_that_are_refused(run, demo_pair, golden_pair, tmp_path, cac
     room = context_length(read_base_config(DEMO_PAIR)) - load_prompt_cache(str(file))[-1].size()
     generate[2] = "x " * room
     fails(run(*generate, file), 2, "in the prompt cache, expected fewer than the model's context")
+
+
+@pytest.mark.parametrize("draft", [[], ["--draft-model", "auxiliary"]])
+def test_until_the_answer_ends(run, draft):
+    """-1, as in mlx-lm; with a draft, too."""
+    code, out, err = run(
+        "generate", "-p", FUNCTION, "-m", -1, "--extra-eos-token", "\n", "--verbose", "F", *draft
+    )
+    assert code == 0 and out.count("\n") <= 1, err
+    assert out == run("generate", "-p", FUNCTION, "-m", 200, "--extra-eos-token", "\n", "--verbose", "F")[1]
+
+
+def test_a_prompt_that_begins_with_a_bos_gets_no_second(demo_pair):
+    """Where the tokenizer takes it for one; that of the bundled pair takes it for text."""
+
+    class Parsing:
+        bos_token_id = 1
+
+        def encode(self, text):
+            return [1, *(1 if word == "<s>" else 7 for word in text.split())]
+
+    wrapped = object.__new__(TokenizerWrapper)
+    wrapped._tokenizer = Parsing()
+    assert encode(wrapped, "x") == encode(wrapped, "<s> x") == [1, 7]
+    assert encode(wrapped, "") == encode(wrapped, "<s>") == [1]
+    tokenizer = demo_pair[1]
+    assert encode(tokenizer, "x = 1")[0] == tokenizer.bos_token_id
+    assert encode(tokenizer, "<s>x") == tokenizer.encode("<s>x")

@@ -53,7 +53,9 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text; '-' reads standard input.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate.")] = 100,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=-1, help="Tokens to generate; -1: until the answer ends.")
+    ] = 100,
     temp: o.Temp = 0.0,
     top_p: o.TopP = 1.0,
     min_p: o.MinP = 0.0,
@@ -116,6 +118,8 @@ def generate(
     """Generate text: the auxiliary model reads the prompt, the base model answers."""
     text, drafts_with = read_prompt(prompt), draft_model or draft
     _check(repair, repair_budget, drafts_with, prompt_cache_file)
+    if max_tokens == 0:
+        raise typer.BadParameter("0, expected at least 1, or -1 for all", param_hint="--max-tokens")
     given_dial = dial(exact_first, exact_last, exact_top, depth)
     config = json_object("--chat-template-config", chat_template_config)
     template = ChatTemplate(

@@ -61,7 +61,9 @@ class ChatTemplate:
             use_default_template(tokenizer)
         if self.ignore or not tokenizer.has_chat_template:
             self._warn()
-            return tokenizer.encode(text)
+            from kvpred_mlx.generation.stream import encode
+
+            return encode(tokenizer, text)
         chat = self._apply(tokenizer, text)
         if is_suffix:
             before, found, _ = self._apply(tokenizer, QUERY).partition(QUERY)

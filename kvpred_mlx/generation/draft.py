@@ -45,12 +45,12 @@ class AuxiliaryDraft:
         """None of its own."""
         return []
 
-    def attach(self, prompt_cache: list[Any], num_draft_tokens: int, end: int) -> list[Any]:
+    def attach(self, prompt_cache: list[Any], num_draft_tokens: int, end: int | None) -> list[Any]:
         """The prompt cache that speculative decoding takes: the pair's, and the draft's view of it.
 
         Args:
             prompt_cache: the pair's; a cache that is only as deep as the predictor reads is read again whole.
-            end: tokens that it will hold at the end.
+            end: tokens that it will hold at the end (None: any number).
 
         Raises:
             ValueError: the cache is not the pair's, cannot be wound back, or verification calls would be taken
@@ -69,10 +69,11 @@ class AuxiliaryDraft:
             entry.read_again(whole)
         caches = [*prompt_cache[:-1], *entry.auxiliary]
         windows = [size for c in caches if (size := getattr(c, "max_size", None)) is not None]
-        if windows and min(windows) < end:
+        if windows and (end is None or min(windows) < end):
+            room = "an answer of any length" if end is None else f"{end} tokens (prompt, answer and draft)"
             raise ValueError(
-                f"a cache of {min(windows)} tokens cannot be wound back once it is full, expected room for "
-                f"{end} tokens (prompt, answer and draft) to use a draft"
+                f"a cache of {min(windows)} tokens cannot be wound back once it is full, expected room for {room} "
+                "to use a draft"
             )
         return [*prompt_cache, _View(entry)]
 

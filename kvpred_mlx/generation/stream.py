@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,9 @@ class GenerationResponse(MlxLmResponse):
     accepted: int = 0
 
 
+ENDLESS = sys.maxsize  # tokens: mlx-lm's speculative decoding takes no -1
+
+
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
@@ -64,6 +68,7 @@ def stream_generate(
     Args:
         draft_model: a pair's own auxiliary drafts from the cache with which it predicted the prompt, so it
             processes no prompt of its own.
+        max_tokens: of the answer; -1: until it ends.
         repair: recompute the prompt exactly behind the first token (see `RepairingModel`).
         repair_budget: the share of decoding's time that the repair may take (see `RepairingModel`).
 
@@ -110,6 +115,8 @@ def _responses(
     options: dict[str, Any],
 ) -> Generator[MlxLmResponse, None, None]:
     """mlx-lm's responses; `clock` is told of the prompt's progress where mlx-lm tells it."""
+    if draft is not None and max_tokens < 0:
+        max_tokens = ENDLESS
     if isinstance(draft, AuxiliaryDraft):
         return _drafted(model, tokenizer, prompt, max_tokens, draft, clock, **options)
     if draft is None:
@@ -138,7 +145,8 @@ def _drafted(
     }
     options = defaults | options
     cache, drafts = options["prompt_cache"], options["num_draft_tokens"]
-    attached = draft.attach(cache, drafts, cache[-1].size() + prompt.size + max_tokens + drafts)
+    end = None if max_tokens == ENDLESS else cache[-1].size() + prompt.size + max_tokens + drafts
+    attached = draft.attach(cache, drafts, end)
     process_prompt(model, prompt[:-1], cache, clock, **options)
     options["prompt_cache"] = [*cache, attached[-1]]  # the prefill may have quantized some
     for response in mlx_lm_stream_generate(model, tokenizer, prompt[-1:], max_tokens, draft, **options):
@@ -190,14 +198,16 @@ def footer(response: GenerationResponse) -> str:
     )
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A raw prompt's tokens; as in mlx-lm's `stream_generate`, one that begins with a BOS gets no second."""
+    wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+    ids: list[int] = wrapped.encode(text)
+    return ids[1:] if ids[:2] == [wrapped.bos_token_id] * 2 else ids
+
+
 def _token_ids(model: nn.Module, tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
     if isinstance(prompt, str):
-        wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
-        bos = wrapped.bos_token
-        tokens: list[int] = wrapped.encode(
-            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-        )
-        ids = mx.array(tokens, dtype=mx.int32)
+        ids = mx.array(encode(tokenizer, prompt), dtype=mx.int32)
     else:
         ids = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
     if ids.size == 0:

@@ -113,6 +113,9 @@ class PairGenerator(ResponseGenerator):
         return ctx, stopped(_timed(request, responses), stops)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
+        bos = tokenizer.bos_token
+        if bos and tokenizer.encode(bos) == [tokenizer.bos_token_id] * 2:  # it adds one, whatever is there
+            request.prompt = request.prompt.removeprefix(bos)
         prompt, *rest = super()._tokenize(tokenizer, request, args)
         context = request.served.context
         check_prompt(prompt, context, request.served.pair.vocab_size)
