@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import mlx.core as mx
@@ -411,6 +412,25 @@ def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):
     assert score(pair) == pytest.approx(reference(), abs=1e-2)
     with Mode(exact=True).applied(pair):
         assert score(pair) == pytest.approx(score(pair.base), abs=1e-3)
+
+
+def test_an_answer_s_length_cuts_no_context(demo_pair, monkeypatch):
+    """Of tasks that are scored; one that is longer than the model's context is counted."""
+    model = pytest.importorskip("kvpred_mlx.bench.evaluate.lm_eval_model")
+    pair, tokenizer = demo_pair
+    monkeypatch.setattr(pair, "min_prompt_tokens", 1)
+    asked = [
+        Namespace(args=(ROWS["humaneval"][1]["prompt"], rest)) for rest in ("    return max(", "    pass")
+    ]
+
+    def scores(max_tokens, context):
+        lm = model.LoadedLM(pair, tokenizer, 1, max_tokens, context)
+        return lm.loglikelihood(asked), lm.cut
+
+    whole = scores(None, None)
+    assert scores(2, None) == whole and whole[1] == 0
+    shorter = scores(None, len(tokenizer.encode(asked[0].args[0])) - 4)
+    assert shorter[1] == 1 and shorter[0] != whole[0]
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,23 @@ class LoadedLM(MLXLM):
 
     Args:
         model: a pair, in the mode that it is in, or a model of its own.
+        max_tokens: of an answer (None: the task's own).
+        context: tokens of a context with what is scored after it; longer ones lose their beginning (None: no limit).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, max_tokens: int | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        batch_size: int,
+        max_tokens: int | None,
+        context: int | None = None,
+    ):
         LM.__init__(self)
         self._model, self.tokenizer = model, tokenizer
         self._batch_size, self._max_tokens, self._sampler = batch_size, max_tokens, None
         self.use_chat_template = tokenizer.chat_template is not None
+        self._context, self.cut = context, 0
         self.prompt_tokens: list[int] = []
         self.ttfts: list[float] = []
 
@@ -61,6 +71,17 @@ class LoadedLM(MLXLM):
         with Mode(exact=True).applied(self._model):
             return super()._score_fn(inputs, cache, step_size)
 
+    def loglikelihood(self, requests: Any) -> list[Any]:
+        """mlx-lm's, whose `max_tokens` is the context's length here, and an answer's elsewhere."""
+        answer, self._max_tokens = self._max_tokens, self._context or sys.maxsize
+        if self._context is not None:
+            lengths = {r.args[0]: len(self.tokenizer.encode("".join(r.args))) for r in requests}
+            self.cut += sum(length > self._context for length in lengths.values())
+        try:
+            return super().loglikelihood(requests)
+        finally:
+            self._max_tokens = answer
+
     def generate_until(self, requests: Any) -> list[str]:
         special = not self.use_chat_template
         self.prompt_tokens += [
@@ -75,13 +96,18 @@ def known_tasks(names: list[str], include_path: Any = None) -> list[str]:
     return [name for name in names if name in manager.all_tasks]
 
 
-def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSettings) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSettings, context: int | None = None
+) -> dict[str, Any]:
     """Run one of lm-eval's tasks: `scores` and standard `errors` by metric, and what prompts there were.
+
+    Args:
+        context: of the model, in tokens (None: no limit); a line on standard error says how many prompts are longer.
 
     Raises:
         OSError: its data cannot be had.
     """
-    lm = LoadedLM(model, tokenizer, settings.batch_size, settings.max_tokens)
+    lm = LoadedLM(model, tokenizer, settings.batch_size, settings.max_tokens, context)
     with contextlib.redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=lm,
@@ -93,6 +119,11 @@ def evaluate(model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSe
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
+        )
+    if lm.cut:
+        print(
+            f"{task}: {lm.cut} contexts are longer than the model's {context} tokens and lost their beginning",
+            file=sys.stderr,
         )
     numbers = {k: v for k, v in found["results"][task].items() if isinstance(v, int | float) and "," in k}
     errors = {

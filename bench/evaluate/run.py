@@ -114,7 +114,7 @@ class Evaluation:
             if (name, mode, WHOLE) not in self._journal:
                 progress(i, len(self._modes), f"{name}, {mode}")
                 with self._model(mode) as model:
-                    done = evaluate(model, self.tokenizer, name, self.settings)
+                    done = evaluate(model, self.tokenizer, name, self.settings, self.context)
                 self._journal.add({"task": name, "mode": mode, "id": WHOLE} | done)
         progress(len(self._modes), len(self._modes), name)
         return {mode: [self._journal[name, mode, WHOLE]] for mode in self._modes}
