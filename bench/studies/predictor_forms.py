@@ -247,10 +247,15 @@ class Forms:
         both = nn.Sequential(*gated)  # for its parameters' sake
         spread = mx.maximum(mx.concatenate([c.std(0) for c in columns], axis=-1), 1e-3)
         scales = [mx.maximum(first[part.features][0].std(0), 1e-3) for part in parts]
-        optimizer = optim.Adam(optim.cosine_decay(2e-3, epochs * len(self.train)))
+        steps = epochs * len(self.train)
+        rate = optim.join_schedules(
+            [optim.linear_schedule(0, 5e-4, 10), optim.cosine_decay(5e-4, steps)], [10]
+        )
+        optimizer = optim.Adam(rate)
 
         def correction(batch: Batch) -> mx.array:
-            made = (m(batch[p.features] / s) for m, p, s in zip(both.layers, parts, scales, strict=True))
+            inputs = (mx.clip(batch[p.features] / s, -8, 8) for p, s in zip(parts, scales, strict=True))
+            made = (module(x) for module, x in zip(both.layers, inputs, strict=True))
             return mx.concatenate(list(made), axis=-1)
 
         def loss(model: nn.Module, batch: Batch, left: mx.array) -> mx.array:
@@ -263,7 +268,7 @@ class Forms:
                 batch = self.train.rows([i])
                 left = mx.concatenate([batch["kv"][..., p.columns] for p in parts], axis=-1) - linear(batch)
                 value, gradient = step(both, batch, left)
-                optimizer.update(both, gradient)
+                optimizer.update(both, optim.clip_grad_norm(gradient, 1.0)[0])
                 mx.eval(value, both.parameters(), optimizer.state)
             print(f"epoch {epoch + 1} of {epochs}: {value.item():.4f}", flush=True)
         return lambda batch: linear(batch) + correction(batch) * spread
