@@ -13,6 +13,7 @@ from pairs import make_pair, tokens
 
 from kvpred_mlx import load_model
 from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
+from kvpred_mlx.pair.sources import SOURCES
 
 FAMILIES = [
     ("openelm", "openelm"),
@@ -82,7 +83,7 @@ def test_weights_weigh():
         LossWeights(kv=-1)
 
 
-@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_gradients_against_finite_differences(source):
     pair = trainable(make_pair("qwen3", "qwen2", source=source))
     loss = KVPredictionLoss(pair, LossWeights(z=1e-4))

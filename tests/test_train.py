@@ -25,6 +25,7 @@ from kvpred_mlx.making.loss import LossWeights
 from kvpred_mlx.making.optimizers import make_optimizer, schedule
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.states import saved_states
+from kvpred_mlx.pair.sources import SOURCES
 
 FAMILIES = [
     ("openelm", "openelm"),
@@ -51,7 +52,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tmp_path):
     pair = make_pair(base, auxiliary, source=source)
@@ -72,7 +73,7 @@ def test_trained_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["kv", "kv-joint", "hidden"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_a_step_can_be_compiled(base, auxiliary, source, compiling):
     """Traced, that is; on the CPU the kernels of all these would take minutes."""

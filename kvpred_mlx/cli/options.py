@@ -157,7 +157,10 @@ AuxiliaryLayers = Annotated[
 ]
 Source = Annotated[
     str | None,
-    typer.Option("--source", help="What to predict from: kv (the paper's), kv-joint or hidden (default)."),
+    typer.Option(
+        "--source",
+        help="What to predict from: kv (the paper's), kv-joint, hidden (default) or hidden-joined.",
+    ),
 ]
 LayerMap = Annotated[
     str, typer.Option("--layer-map", help="auto, even, or an auxiliary layer for each base layer.")
