@@ -12,8 +12,9 @@ from pairs import tokens
 from kvpred_mlx import KVPredictionModel, load, save
 from kvpred_mlx.convert.published import facts
 from kvpred_mlx.making import layer_maps
+from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.data import PackedSequences
-from kvpred_mlx.making.fit import fit
+from kvpred_mlx.making.fit import fit, fit_first_layers
 from kvpred_mlx.making.moments import Moments, Ridge
 from kvpred_mlx.making.settings import FitSettings
 from kvpred_mlx.pair import sources
@@ -111,6 +112,40 @@ def test_fit_is_numpys_least_squares(source):
             y = np.array(true[i][part]).reshape(len(x), -1)
             expected = x @ np.linalg.lstsq(x, y, rcond=None)[0]
             assert np.abs(np.array(predicted[i][part]).reshape(len(x), -1) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("first_layers", [False, True])
+def test_tokens_count_by_the_attention_that_the_base_pays_them(first_layers):
+    """Weighted least squares, and weights whose mean is 1; without them, or where attention is not seen, all alike."""
+    base, auxiliary = build("qwen3"), build("qwen2")
+    packed = data(16, 96)
+    rows = packed.rows
+    taps = KVTaps(base)
+
+    def fitted(**settings):
+        chosen = FitSettings(layer_map="0,1,1,3", ridge=0.0, batch_size=4, source="hidden", **settings)
+        found = (
+            fit_first_layers(taps, [1], packed, chosen)
+            if first_layers
+            else fit(taps, auxiliary, packed, chosen)
+        )
+        return found.predictor
+
+    tokens, inputs = mx.array(rows[:, :-1]), []
+    true, weights = AttentionWeights(taps).record(tokens, inputs=inputs)
+    assert np.allclose(np.array(weights).mean(axis=1), 1) and mx.all(weights[:, -64:] == 1)
+    assert float(mx.abs(weights[:, :-64] - 1).max()) > 0.05
+    read = sources.record("hidden", KVTaps(auxiliary), tokens)[0]
+    features = inputs[1] if first_layers else read[3][0]
+    i = 3  # the base's last layer
+    x = np.array(features).reshape(-1, features.shape[-1]).astype(float)
+    x, w = np.hstack([x, np.ones((len(x), 1))]), np.sqrt(np.array(weights, float).reshape(-1, 1))
+    for predictor, scale in ((fitted(), w), (fitted(weighted=False), np.ones_like(w))):
+        made = predictor.behind(1)(features)[i - 2] if first_layers else predictor(read)[i]
+        for part in range(2):
+            y = np.array(true[i][part]).reshape(len(x), -1)
+            expected = x @ np.linalg.lstsq(x * scale, y * scale, rcond=None)[0]
+            assert np.abs(np.array(made[part]).reshape(len(x), -1) - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "openelm", "qwen3"])

@@ -93,7 +93,7 @@ def _forward(recorder: Recorder, packed: PackedSequences, settings: FitSettings,
     """Seconds of the forward passes over all batches."""
     began = time.perf_counter()
     for i in range(batches):
-        features, targets = recorder.record(packed.batch(i, settings.batch_size, settings.seed)[:, :-1])
+        features, targets, _ = recorder.record(packed.batch(i, settings.batch_size, settings.seed)[:, :-1])
         mx.eval(features, targets)
     return time.perf_counter() - began
 

@@ -214,7 +214,7 @@ class Forms:
                         zeros = (Moments.zeros(x.shape[1], y.shape[1]) for _ in range(2))
                         sums.append(tuple(zeros))  # type: ignore[arg-type]
                     chosen = sums[place][i % HELD_OUT == HELD_OUT - 1]
-                    _add_weighted(chosen, x, y, np.ones(len(x)) if weights is None else weights[i])
+                    chosen.add(x, y, None if weights is None else weights[i])
                 progress(i + 1, len(self.train))
         return sums
 
@@ -333,16 +333,6 @@ def _solve(fitted: Moments, choosing: Moments) -> Map:
     errors = Ridge(fitted).squared_errors(choosing, RIDGES).sum(axis=1)
     weight, bias = Ridge(fitted + choosing).solve(RIDGES[int(errors.argmin())])
     return weight, bias
-
-
-def _add_weighted(moments: Moments, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> None:
-    wx, wy = x * weights[:, None], y * weights[:, None]
-    moments.n += weights.sum()
-    moments.x += wx.sum(0)
-    moments.y += wy.sum(0)
-    moments.xx += wx.T @ x
-    moments.xy += wx.T @ y
-    moments.yy += (wy * y).sum(0)
 
 
 def _low_rank(weight: np.ndarray, moments: Moments, rank: int) -> np.ndarray:

@@ -29,6 +29,12 @@ def fit(
     ridge: Annotated[
         float | None, typer.Option(min=0, help="Regularization; chosen on held-out tokens without it.")
     ] = None,
+    even_weights: Annotated[
+        bool,
+        typer.Option(
+            "--even-weights", help="All tokens count alike, not by the attention that the base pays to them."
+        ),
+    ] = False,
     windows: o.FigureWindows = None,
     record: o.RecordFolder = None,
     restart: Annotated[
@@ -45,7 +51,9 @@ def fit(
 
     models = making.Models(base, auxiliary, auxiliary_layers)
     output = Output(mlx_path, overwrite, upload_repo)
-    settings = FitSettings(tokens, batch_size, making.check_source(source), layer_map, ridge, seed)
+    settings = FitSettings(
+        tokens, batch_size, making.check_source(source), layer_map, ridge, seed, not even_weights
+    )
     output.check()
     check_paths(data or [])
     sums = mlx_path.with_name(f"{mlx_path.name}.fitting")

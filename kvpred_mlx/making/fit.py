@@ -72,7 +72,7 @@ def fit(
         ValueError: the layer map is none of these models, there are fewer than two batches of data, or `folder` holds
             the sums of another fit.
     """
-    recorder = TwoModels(_taps(base), _taps(auxiliary), settings.source)
+    recorder = TwoModels(_taps(base), _taps(auxiliary), settings.source, settings.weighted)
     run = _Run((recorder.base.model, recorder.auxiliary.model), data, settings, progress, folder)
     n, m = len(recorder.base), len(recorder.auxiliary)
     layer_map = layer_maps.parse(settings.layer_map, n, m)
@@ -100,7 +100,7 @@ def fit_first_layers(
 
     Arguments and errors as those of `fit`; `settings.source` and `settings.layer_map` have no meaning here.
     """
-    recorder = FirstLayers(_taps(base), depths)
+    recorder = FirstLayers(_taps(base), depths, settings.weighted)
     sums = Sums(recorder, {(k, 0): recorder.targets_of(k) for k in depths})
     _Run((recorder.base.model,), data, settings, progress, folder).read(sums, "fitting")
     solved = _Solution(sums, settings.ridge)

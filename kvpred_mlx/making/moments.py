@@ -21,13 +21,13 @@ class Moments:
     """Sums over samples of features x `[a]` and targets y `[b]`; their size does not depend on their number.
 
     Args:
-        n: samples.
+        n: samples, or the sum of their weights.
         x, y: sums, `[a]` and `[b]`.
         xx, xy: sums of products, `[a, a]` and `[a, b]`.
         yy: sums of the targets' squares, `[b]`.
     """
 
-    n: int
+    n: float
     x: np.ndarray
     y: np.ndarray
     xx: np.ndarray
@@ -39,14 +39,15 @@ class Moments:
         a, b = features, targets
         return cls(0, np.zeros(a), np.zeros(b), np.zeros((a, a)), np.zeros((a, b)), np.zeros(b))
 
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Add samples: `x` [T, a] and `y` [T, b], in double precision."""
-        self.n += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += np.einsum("tb,tb->b", y, y)
+    def add(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Add samples: `x` [T, a] and `y` [T, b], in double precision; `weights` [T] instead of 1 each."""
+        wx, wy = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
+        self.n += len(x) if weights is None else float(weights.sum())
+        self.x += wx.sum(0)
+        self.y += wy.sum(0)
+        self.xx += wx.T @ x
+        self.xy += wx.T @ y
+        self.yy += np.einsum("tb,tb->b", wy, y)
 
     def __add__(self, other: Moments) -> Moments:
         parts = ("x", "y", "xx", "xy", "yy")

@@ -9,14 +9,17 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.moments import Moments
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
+from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 Target = tuple[int, int]  # a base layer, and 0 for its keys or 1 for its values
 Key = tuple[int, int]  # a layer that is read, and which of its feature arrays
+Recorded = tuple[dict[Key, mx.array], dict[Target, mx.array], mx.array | None]
 Maps = dict[tuple[Key, Target], tuple[mx.array, mx.array]]  # weight and bias
 
 
@@ -33,8 +36,9 @@ class Recorder(Protocol):
         """Of every target."""
         ...
 
-    def record(self, batch: Any) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
-        """Features and targets of a batch (tokens [B, L], or windows of a recording), `[B, L, width]` each, lazy."""
+    def record(self, batch: Any) -> Recorded:
+        """Features and targets of a batch (tokens [B, L], or windows of a recording), `[B, L, width]` each, and the
+        tokens' weights [B, L] (None: all alike), lazy."""
         ...
 
 
@@ -44,21 +48,24 @@ class TwoModels:
     Args:
         base, auxiliary: taps of the models.
         source: one of `kvpred_mlx.pair.sources.SOURCES`.
+        weighted: tokens count by the attention that the base pays to them.
     """
 
-    def __init__(self, base: KVTaps, auxiliary: KVTaps, source: str):
+    def __init__(self, base: KVTaps, auxiliary: KVTaps, source: str, weighted: bool = False):
         self.base, self.auxiliary, self.source = base, auxiliary, source
+        self._weights = AttentionWeights(base) if weighted else None
         self.feature_widths = sources.feature_widths(source, auxiliary)
         arrays = 2 if source == "kv" else 1
         self.widths = {(j, a): w[a] for j, w in enumerate(self.feature_widths) for a in range(arrays)}
         self.target_widths = {(i, part): w for i, ws in enumerate(base.widths) for part, w in enumerate(ws)}
 
-    def record(self, tokens: mx.array) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
+    def record(self, tokens: mx.array) -> Recorded:
         features, _ = sources.record(self.source, self.auxiliary, tokens)
-        raw, _ = self.base.record(tokens)
+        raw, weights = _record(self.base, self._weights, tokens)
         return (
             {(j, a): array for j, layer in enumerate(features) for a, array in enumerate(layer)},
             {(i, part): array for i, layer in enumerate(raw) for part, array in enumerate(layer)},
+            weights,
         )
 
     def key(self, layer: int, part: int) -> Key:
@@ -81,22 +88,25 @@ class FirstLayers:
     Args:
         base: its taps.
         depths: how many layers are run, ascending.
+        weighted: see `TwoModels`.
     """
 
-    def __init__(self, base: KVTaps, depths: Sequence[int]):
+    def __init__(self, base: KVTaps, depths: Sequence[int], weighted: bool = False):
         self.base, self.depths = base, list(depths)
+        self._weights = AttentionWeights(base) if weighted else None
         self._empty = FirstLayersPredictor(depths, base.input_widths, base.widths)
         self.widths = {(k, 0): base.input_widths[k] for k in depths}
         self.target_widths = {
             (i, part): w for i, ws in enumerate(base.widths) if i > min(depths) for part, w in enumerate(ws)
         }
 
-    def record(self, tokens: mx.array) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
+    def record(self, tokens: mx.array) -> Recorded:
         inputs: list[mx.array] = []
-        raw, _ = self.base.record(tokens, inputs=inputs)
+        raw, weights = _record(self.base, self._weights, tokens, inputs=inputs)
         return (
             {(k, 0): inputs[k] for k in self.depths},
             {(i, part): raw[i][part] for i, part in self.target_widths},
+            weights,
         )
 
     def targets_of(self, depth: int) -> list[Target]:
@@ -119,11 +129,12 @@ class RecordedFirstLayers(FirstLayers):
         super().__init__(base, depths)
         self._recording = recording
 
-    def record(self, batch: Any) -> tuple[dict[Key, mx.array], dict[Target, mx.array]]:
+    def record(self, batch: Any) -> Recorded:
         kv = self._recording.split_kv(batch["kv"])
         return (
             {(k, 0): batch[f"layer_{k}"] for k in self.depths},
             {(i, part): kv[i][part] for i, part in self.target_widths},
+            None,
         )
 
 
@@ -158,13 +169,14 @@ class Sums:
 
     def read(self, batch: Any, *, held_out: bool) -> None:
         """Add a batch, as the recorder takes it."""
-        features, targets = self._recorder.record(batch)
+        features, targets, weights = self._recorder.record(batch)
         sums = self.held_out if held_out else self.fitted
-        mx.eval([features[key] for key in self.targets], list(targets.values()))
+        mx.eval([features[key] for key in self.targets], list(targets.values()), weights)
+        weigh = None if weights is None else np.array(weights, np.float64).reshape(-1)
         for key, wanted in self.targets.items():
             y = [_double(targets[t])[:, self._picked[t]] for t in wanted]
             x = _double(features[key])
-            sums[key].add(x, np.concatenate(y, axis=1))
+            sums[key].add(x, np.concatenate(y, axis=1), weigh)
         self.tokens += len(x)
 
     def whole(self, key: Key) -> Moments:
@@ -186,13 +198,19 @@ class Sums:
             for (layer, array), moments in part.items():
                 for k in vars(moments):
                     value = state[f"{name}.{layer}.{array}.{k}"]
-                    setattr(moments, k, int(value) if k == "n" else value)
+                    setattr(moments, k, float(value) if k == "n" else value)
 
     def _zeros(self) -> dict[Key, Moments]:
         return {
             key: Moments.zeros(self._recorder.widths[key], max((s.stop for s in places.values()), default=0))
             for key, places in self.places.items()
         }
+
+
+def _record(
+    base: KVTaps, weights: AttentionWeights | None, tokens: mx.array, **options: Any
+) -> tuple[list[KV], mx.array | None]:
+    return (base.record(tokens, **options)[0], None) if weights is None else weights.record(tokens, **options)
 
 
 def _double(array: mx.array) -> np.ndarray:

@@ -20,6 +20,7 @@ class FitSettings:
         layer_map: auto, even, or a list such as 0,0,1,1.
         ridge: of standardized features; None chooses on held-out batches, for each layer, keys and values apart.
         seed: of the choice of sequences.
+        weighted: tokens count by the attention that the base pays to them (`AttentionWeights`), not all alike.
 
     Raises:
         ValueError: naming what was given and what was expected.
@@ -31,6 +32,7 @@ class FitSettings:
     layer_map: str = "auto"
     ridge: float | None = None
     seed: int = 0
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         sources.check_source(self.source)

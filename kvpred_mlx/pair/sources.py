@@ -18,7 +18,7 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 SOURCES = ("kv", "kv-joint", "hidden", "hidden-joined")
 DEFAULT = "hidden"  # docs/making-pairs.md has the comparison
 
-BEFORE = (4,)  # by how many layers, for hidden-joined
+BEFORE = (4, 12)  # by how many layers, for hidden-joined (docs/making-pairs.md)
 
 # Of one layer, `[B, L, width]`: what keys are predicted from, and values if that is another array.
 Features = tuple[mx.array, ...]
