@@ -2,7 +2,7 @@
 
 Least squares treats all tokens alike, and a base does not: it attends to some of them far more than to others, to the
 first one above all.  Where the base's keys and values are hard to predict, as from a model that was never trained with
-it, the error falls where the weights are small (docs/making-pairs.md, "What counts").
+it, the error falls where the weights are small (docs/making-pairs.md, "What pays").
 """
 
 from __future__ import annotations
