@@ -189,6 +189,7 @@ USED: dict[str, dict[str, str]] = {
         "MLXLM._sampler": "",
         "MLXLM._score_fn": "inputs cache step_size",
         "MLXLM.generate_until": "requests",
+        "MLXLM.loglikelihood": "requests",
         "MLXLM.tokenizer": "",
         "MLXLM.use_chat_template": "",
     },
@@ -200,8 +201,6 @@ BEHIND: dict[str, dict[str, str]] = {
     "mlx_lm.generate": {
         "speculative_generate_step": "prompt model draft_model num_draft_tokens prompt_cache"
     },
-    # bench/evaluate/lm_eval_model.py: scores through what is overridden
-    "mlx_lm.evaluate": {"MLXLM.loglikelihood": "requests"},
 }
 
 # What is put into mlx-lm's modules, where it has nothing of that name.

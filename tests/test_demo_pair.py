@@ -95,13 +95,15 @@ def test_sources_are_compared_in_the_recipe_s_folder(small, tmp_path, monkeypatc
     told = []
     found = compare_sources.compare(tmp_path, 1, lambda done, total, what=None: told.append(what))
     assert found["schema"] == 1 and found["complete"] and json.loads(json.dumps(found))["variants"]
-    assert len(found["variants"]) == len(told) - 1 == 9 and told[-1] == "measuring at 40 tokens"
+    assert (
+        len(found["variants"]) == len(told) - 1 == 3 * len(SOURCES) and told[-1] == "measuring at 40 tokens"
+    )
     for variant in found["variants"]:
         figures = variant["lengths"][40]
         assert figures["flops_ratio"] > 1 and figures["times_sooner"]["ttft"] > 0
         assert figures["quality"]["agreement"]["low"] <= figures["quality"]["agreement"]["high"]
     table = compare_sources.markdown(found).splitlines()
-    assert len(table) == 2 + 9 and {line.count("|") for line in table} == {10}
+    assert len(table) == 2 + 3 * len(SOURCES) and {line.count("|") for line in table} == {10}
     kept = [load(tmp_path / "sources" / v.name)[0] for v in compare_sources.variants(1)]
     assert [pair.predictor.source for pair in kept[::2][: len(SOURCES)]] == list(SOURCES)
 
