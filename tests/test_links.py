@@ -23,7 +23,9 @@ from test_making import TEXT, write_model
 
 import kvpred_mlx
 from kvpred_mlx import cli
+from kvpred_mlx.pair.catalogue import is_cached
 from kvpred_mlx.pair.description import weight_bytes
+from kvpred_mlx.pair.links import Link
 from kvpred_mlx.pair.locating import BUNDLED
 
 PROMPT = mx.arange(1, 81)[None]
@@ -198,6 +200,7 @@ def test_in_the_hub_s_cache(copy, monkeypatch, tmp_path, run):
     assert "base_model:\n- someone/base\n" in (copy / "hub/README.md").read_text()
     assert run("generate", "-p", "x", "-m", 2, "--model", "hub")[0] == 0
     assert mlx_lm.load(str(copy / "hub"))[1].encode("x")
+    assert is_cached(Link("someone/base", COMMIT)) and not is_cached(Link("someone/base", "f" * 40))
     config["base"]["revision"] = "f" * 40
     (copy / "hub/config.json").write_text(json.dumps(config))
     changed = run("generate", "-p", "x", "--model", "hub")

@@ -96,8 +96,9 @@ def test_lazy_loading_reads_no_weights(golden_pair, tmp_path):
 def test_hub_repositories_are_fetched(monkeypatch):
     asked = {}
 
-    def snapshot(name, revision, allow_patterns):
+    def snapshot(name, revision, allow_patterns, local_files_only):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
+        assert not local_files_only
         return str(DEMO_PAIR)
 
     monkeypatch.setattr("kvpred_mlx.pair.locating.snapshot_download", snapshot)

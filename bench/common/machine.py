@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ def describe() -> dict[str, Any]:
 def busy_share() -> float:
     """How much of the processor is in use, 0 to 1, over a quarter of a second of doing nothing."""
     return psutil.cpu_percent(interval=0.25) / 100
+
+
+def peak_resident_bytes(usage: resource.struct_rusage) -> int:
+    """The most memory that was resident at a time, by what the system tells of a process."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_bytes() -> int:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.common import command, machine
 from kvpred_mlx.console import progress_bar
 from kvpred_mlx.convert.published import OpenELMShape, facts, openelm_shape
 
@@ -54,7 +54,7 @@ def convert(checkpoint: Path, config: Path, out: Path, arguments: list[str]) -> 
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise ChildProcessError("the conversion failed")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return machine.peak_resident_bytes(usage)
 
 
 def write_checkpoint(checkpoint: Path, config: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,9 +98,7 @@ def _forward(recorder: Recorder, packed: PackedSequences, settings: FitSettings,
 
 
 def _resident() -> int:
-    """The most memory that was resident so far, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return machine.peak_resident_bytes(resource.getrusage(resource.RUSAGE_SELF))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,12 @@ class AttentionWeights:
 
     Args:
         taps: of the base; all tokens weigh the same if its family's attention cannot be seen.
+        weighted: if not, all tokens weigh the same, too.
     """
 
-    def __init__(self, taps: KVTaps):
+    def __init__(self, taps: KVTaps, weighted: bool = True):
         self._taps, self._importance = taps, Importance(taps.model)
-        try:
-            self._importance.check()
-        except UnsupportedModelError:
-            self.audible = False
-        else:
-            self.audible = True
+        self._weighted = weighted and self._audible()
 
     def record(self, tokens: mx.array, **options: Any) -> tuple[list[KV], mx.array | None]:
         """Raw keys and values of `tokens` [B, L], as `KVTaps.record`, and weights [B, L] whose mean is 1, both lazy.
@@ -43,10 +39,17 @@ class AttentionWeights:
         The weights are None where there are none.
         """
         B, L = tokens.shape
-        if not self.audible or L <= RECENT:
+        if not self._weighted or L <= RECENT:
             return self._taps.record(tokens, **options)[0], None
         with self._importance.listen() as heard:
             raw, _ = self._taps.record(tokens, make_prompt_cache(self._taps.model), **options)
         attended = heard.scores(L, L, [0] * B)[:, : L - RECENT]
         weights = EVEN + (1 - EVEN) * attended / attended.mean(axis=1, keepdims=True)
         return raw, mx.pad(weights, [(0, 0), (0, RECENT)], constant_values=1.0)
+
+    def _audible(self) -> bool:
+        try:
+            self._importance.check()
+        except UnsupportedModelError:
+            return False
+        return True

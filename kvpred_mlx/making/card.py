@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.estimates import Estimate
 from kvpred_mlx.making.quality import Quality
+from kvpred_mlx.pair.catalogue import TAG
 
 CARD = "README.md"
 TITLES = {
@@ -49,7 +50,7 @@ def write_card(folder: Path, facts: CardFacts, figures: Iterable[Quality] = ()) 
         if name and name.count("/") == 1 and name[0] not in "./~"
     ]
     data = ModelCardData(
-        library_name="mlx", tags=["mlx", "kvpred", "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
+        library_name="mlx", tags=["mlx", TAG, "kv-prediction", "kvpred-mlx"], pipeline_tag="text-generation",
         base_model=repositories or None, license=facts.licence,
     )  # fmt: skip
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(facts, figures)}"))

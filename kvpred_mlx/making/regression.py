@@ -14,7 +14,6 @@ from kvpred_mlx.making.moments import Moments
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
-from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 Target = tuple[int, int]  # a base layer, and 0 for its keys or 1 for its values
@@ -53,7 +52,7 @@ class TwoModels:
 
     def __init__(self, base: KVTaps, auxiliary: KVTaps, source: str, weighted: bool = False):
         self.base, self.auxiliary, self.source = base, auxiliary, source
-        self._weights = AttentionWeights(base) if weighted else None
+        self._weights = AttentionWeights(base, weighted)
         self.feature_widths = sources.feature_widths(source, auxiliary)
         arrays = 2 if source == "kv" else 1
         self.widths = {(j, a): w[a] for j, w in enumerate(self.feature_widths) for a in range(arrays)}
@@ -61,7 +60,7 @@ class TwoModels:
 
     def record(self, tokens: mx.array) -> Recorded:
         features, _ = sources.record(self.source, self.auxiliary, tokens)
-        raw, weights = _record(self.base, self._weights, tokens)
+        raw, weights = self._weights.record(tokens)
         return (
             {(j, a): array for j, layer in enumerate(features) for a, array in enumerate(layer)},
             {(i, part): array for i, layer in enumerate(raw) for part, array in enumerate(layer)},
@@ -93,7 +92,7 @@ class FirstLayers:
 
     def __init__(self, base: KVTaps, depths: Sequence[int], weighted: bool = False):
         self.base, self.depths = base, list(depths)
-        self._weights = AttentionWeights(base) if weighted else None
+        self._weights = AttentionWeights(base, weighted)
         self._empty = FirstLayersPredictor(depths, base.input_widths, base.widths)
         self.widths = {(k, 0): base.input_widths[k] for k in depths}
         self.target_widths = {
@@ -102,7 +101,7 @@ class FirstLayers:
 
     def record(self, tokens: mx.array) -> Recorded:
         inputs: list[mx.array] = []
-        raw, weights = _record(self.base, self._weights, tokens, inputs=inputs)
+        raw, weights = self._weights.record(tokens, inputs=inputs)
         return (
             {(k, 0): inputs[k] for k in self.depths},
             {(i, part): raw[i][part] for i, part in self.target_widths},
@@ -205,12 +204,6 @@ class Sums:
             key: Moments.zeros(self._recorder.widths[key], max((s.stop for s in places.values()), default=0))
             for key, places in self.places.items()
         }
-
-
-def _record(
-    base: KVTaps, weights: AttentionWeights | None, tokens: mx.array, **options: Any
-) -> tuple[list[KV], mx.array | None]:
-    return (base.record(tokens, **options)[0], None) if weights is None else weights.record(tokens, **options)
 
 
 def _double(array: mx.array) -> np.ndarray:

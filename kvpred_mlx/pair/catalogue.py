@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 
 from kvpred_mlx.errors import one_line
 from kvpred_mlx.pair.links import ROLES, Link
-from kvpred_mlx.pair.locating import BUNDLED, read_config
+from kvpred_mlx.pair.locating import BUNDLED, find_model, read_config
 
 TAG = "kvpred"  # of pairs on the hub (`kvpred_mlx.making.card`)
 
@@ -67,11 +67,9 @@ def on_the_hub(limit: int = 100) -> list[str]:
 
 def is_cached(link: Link) -> bool:
     """Whether a linked model is there without a download."""
-    if Path(link.path_or_hf_repo).exists():
-        return True
     try:
-        snapshot_download(link.path_or_hf_repo, revision=link.revision, local_files_only=True)
-    except Exception:  # noqa: BLE001 - not there, or not all of it
+        find_model(link.path_or_hf_repo, link.revision, local_files_only=True)
+    except FileNotFoundError:
         return False
     return True
 

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
-from kvpred_mlx.pair.links import ROLES
+from kvpred_mlx.pair.links import ROLES, is_vector
 from kvpred_mlx.pair.loading import context_length, load_model, quantization_config, read_base_config
 from kvpred_mlx.pair.locating import has_tokenizer
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -55,8 +55,7 @@ def weight_bytes(module: nn.Module) -> int:
 def norms_checksum(model: nn.Module) -> int:
     """Of a model's vectors (norms and biases), which no quantization touches: tells one model from another."""
     arrays: Any = dict(tree_flatten(model.parameters())).values()
-    vectors = [a for a in arrays if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
-    return crc32(b"".join(np.array(v.astype(mx.float32)).tobytes() for v in vectors))
+    return crc32(b"".join(np.array(a.astype(mx.float32)).tobytes() for a in arrays if is_vector(a)))
 
 
 def _model(pair: KVPredictionModel, role: str) -> dict[str, Any] | None:

@@ -175,8 +175,13 @@ def sample_norms(weights: Mapping[str, mx.array]) -> mx.array:
 
 
 def vector_names(weights: Mapping[str, mx.array]) -> list[str]:
-    """The names of norms and biases, which no quantization touches."""
-    return sorted(n for n, a in weights.items() if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating))
+    """The names of norms and biases, in order."""
+    return sorted(name for name, array in weights.items() if is_vector(array))
+
+
+def is_vector(array: mx.array) -> bool:
+    """Whether a weight is a norm's or a bias, which no quantization touches."""
+    return array.ndim == 1 and mx.issubdtype(array.dtype, mx.floating)
 
 
 def float_type(model: nn.Module) -> mx.Dtype:

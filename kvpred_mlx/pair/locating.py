@@ -36,8 +36,13 @@ def find_pair(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     return find_model(path_or_hf_repo, revision)
 
 
-def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def find_model(
+    path_or_hf_repo: str | Path, revision: str | None = None, *, local_files_only: bool = False
+) -> Path:
     """The local directory of a model: a directory, or a Hugging Face repository, fetched as mlx-lm does it.
+
+    Args:
+        local_files_only: take what is in the local cache, and fetch nothing.
 
     Raises:
         FileNotFoundError: neither a directory nor a repository that could be fetched.
@@ -50,7 +55,12 @@ def find_model(path_or_hf_repo: str | Path, revision: str | None = None) -> Path
         raise FileNotFoundError(f"{name}: no such directory")
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=mlx_lm.utils.DEFAULT_ALLOW_PATTERNS)
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=mlx_lm.utils.DEFAULT_ALLOW_PATTERNS,
+                local_files_only=local_files_only,
+            )
         )
     except Exception as error:  # whatever the HTTP library raises that the hub's client happens to use
         at = f" at revision {revision}" if revision else ""

@@ -114,7 +114,8 @@ class PairGenerator(ResponseGenerator):
 
     def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
         bos = tokenizer.bos_token
-        if bos and tokenizer.encode(bos) == [tokenizer.bos_token_id] * 2:  # it adds one, whatever is there
+        # A tokenizer that adds one whatever is there must not find one there.
+        if bos and request.prompt.startswith(bos) and tokenizer.encode(bos) == [tokenizer.bos_token_id] * 2:
             request.prompt = request.prompt.removeprefix(bos)
         prompt, *rest = super()._tokenize(tokenizer, request, args)
         context = request.served.context

@@ -265,5 +265,4 @@ def _describe(error: Exception, path: str) -> tuple[int, dict[str, Any]]:
 def _without_reason(status: int, path: str) -> RequestError:
     if status == 404:
         return RequestError(f"unknown path {path}", code="unknown_url", status=404)
-    what = "expected a Content-Length" if status == 411 else "the body is not a JSON object"
-    return RequestError(what, status=status)
+    return RequestError("the body is not a JSON object", status=status)
