@@ -20,9 +20,10 @@ VERSIONS = "mlx-lm>=0.32,<0.33"
 # By module: a function, class, method or attribute, and the parameters that are counted on.
 USED: dict[str, dict[str, str]] = {
     # generation/: processing a prompt, and speculative decoding after it; cli/generate.py: a flag's type;
-    # bench/ttft/: mlx-lm's own generation
+    # bench/ttft/, bench/evaluate/batches.py: mlx-lm's own generation
     "mlx_lm.generate": {
-        "BatchGenerator": "model max_tokens sampler prefill_step_size",
+        "BatchGenerator": "model max_tokens stop_tokens sampler completion_batch_size prefill_batch_size "
+        "prefill_step_size",
         "BatchGenerator.close": "",
         "BatchGenerator.next_generated": "",
         "BatchGenerator.prompt_cache_nbytes": "",
@@ -152,6 +153,8 @@ USED: dict[str, dict[str, str]] = {
     # wherever a tokenizer is wrapped or named
     "mlx_lm.tokenizer_utils": {
         "TokenizerWrapper": "tokenizer",
+        "TokenizerWrapper.detokenizer": "",
+        "TokenizerWrapper.eos_token_ids": "",
         "TokenizerWrapper.has_chat_template": "",
     },
     # pair/, making/, convert/: models and tokenizers on disk; serving/ and cli/: memory

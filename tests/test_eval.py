@@ -12,12 +12,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 from conftest import DATA, fails
+from pairs import make_first_layers_pair
 from processes import command
 
 from kvpred_mlx.bench.common.flops import ttft_flops
-from kvpred_mlx.bench.evaluate import candidate, sandbox, tasks
+from kvpred_mlx.bench.evaluate import batches, candidate, report, sandbox, tasks
+from kvpred_mlx.bench.evaluate import run as run_module
 from kvpred_mlx.bench.evaluate.journal import Journal
 from kvpred_mlx.bench.evaluate.run import Evaluation
 from kvpred_mlx.bench.evaluate.sandbox import Limits
@@ -245,6 +248,19 @@ def test_a_whole_run(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_whole_run_in_batches(run, tmp_path):
+    """With candidates in their sandboxes beside the generation."""
+    code, out, err = run(*arguments(tmp_path / "out", "--batch-size", 4, "--json", "--no-plot"))
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 9 and all(row["items"] == 2 and row["ttft"] is None for row in rows)
+    assert all(row["ttft_flops"] > 0 for row in rows)
+    items = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()[1:]]
+    assert [len(item["answers"]) for item in items] == [1] * 6 + [11] * 6
+    assert all(len(item["reasons"]) == 11 for item in items[6:])
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     options = ["--modes", "exact,predicted", "--no-plot"]
@@ -311,6 +327,128 @@ def test_prompts_that_are_too_long_score_nothing(demo_pair, tmp_path):
     results = Evaluation(*demo_pair, "pair", settings, tmp_path, context=8).run()
     assert results["rows"][0]["score"] == 0 and results["rows"][0]["ttft"] is None
     json.dumps(results, allow_nan=False)
+
+
+def evaluation(pair, tokenizer, folder, task, modes, **options):
+    """Answers and records of a run on eight short items of unequal lengths."""
+    text = ROWS["humaneval"][1]["prompt"]
+    rows = [
+        {**ADD, "task_id": f"t{n}", "prompt": text[:n], "question": text[:n], "answer": {"aliases": []}}
+        for n in (110, 9, 60, 61, 1, 85, 40, 60)
+    ]
+    context = options.pop("context", None)
+    folder.mkdir(exist_ok=True)
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = EvaluationSettings(
+        tasks=[task], modes=modes, data={task: file}, **{"max_tokens": 6, "num_samples": 0, **options}
+    )
+    made = Evaluation(pair, tokenizer, "pair", settings, folder, context=context)
+    results = made.run()
+    lines = (folder / "items.jsonl").read_text().splitlines()[1:]
+    return results, {(r["mode"], r["id"]): r for r in map(json.loads, lines)}
+
+
+@pytest.fixture
+def passing(monkeypatch):
+    monkeypatch.setattr(tasks, "check", lambda row, answer: sandbox.Outcome(True, "passed"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "least"),
+    [
+        ("exact", 1), ("predicted", 1), ("predicted", 16), ("auxiliary", 1), ("exact-last=0.2", 1),
+        ("exact-first=2+exact-top=0.3", 1),
+    ],
+)  # fmt: skip
+def test_batches_answer_as_one_by_one(demo_pair, tmp_path, passing, mode, least):
+    options = {"task": "humaneval", "modes": [mode], "min_prompt_tokens": least}
+    alone = evaluation(*demo_pair, tmp_path / "alone", **options)[1]
+    results, found = evaluation(*demo_pair, tmp_path / "found", batch_size=3, **options)
+    assert {k: r["answers"] for k, r in found.items()} == {k: r["answers"] for k, r in alone.items()}
+    assert len({r["answers"][0] for r in found.values()}) > 3
+    assert all(r["ttfts"] == [] and alone[k]["ttfts"] for k, r in found.items())
+    assert [r["ttft"] for r in results["rows"]] == [None] and results["rows"][0]["prompt_tokens"] > 1
+    assert json.dumps(results, allow_nan=False) and report.table(results)
+
+
+@pytest.mark.parametrize("mode", ["depth=1:0.5/2:0.8", "depth=1:0.7"])
+def test_batches_are_read_as_deep_as_one_by_one(demo_pair, tmp_path, passing, mode):
+    pair = make_first_layers_pair(demo_pair[0].base, [1, 2])
+    runs = [
+        evaluation(pair, demo_pair[1], tmp_path / str(n), "humaneval", [mode], batch_size=n)[1]
+        for n in (1, 3)
+    ]
+    alone, found = ({k: r["answers"] for k, r in run.items()} for run in runs)
+    assert found == alone
+
+
+@pytest.mark.slow
+def test_batches_draw_as_one_by_one(demo_pair, tmp_path, passing):
+    runs = [
+        evaluation(
+            *demo_pair, tmp_path / str(n), "humaneval", ["predicted"], num_samples=10, limit=3, batch_size=n
+        )[1]
+        for n in (1, 4)
+    ]
+    alone, found = ({k: r["answers"] for k, r in run.items()} for run in runs)
+    assert found == alone and all(len(set(answers)) > 3 for answers in found.values())
+
+
+def test_batches_end_at_stops_and_at_the_end(demo_pair, monkeypatch):
+    """A row ends at its stop, at an end of text, or full; the others go on."""
+    pair, tokenizer = demo_pair
+    prompts = [tokenizer.encode(ROWS["humaneval"][1]["prompt"][:n]) for n in (110, 60, 85, 40)]
+    asked = [batches.Asked(i, prompt, 12) for i, prompt in enumerate(prompts)]
+    whole = dict(batches.answer_all(pair, tokenizer, asked, ["never said"], 2))
+    stop = whole[1][3:5]
+    cut = dict(batches.answer_all(pair, tokenizer, asked, [stop], 2))
+    assert cut == {i: tasks.cut(text, [stop]) for i, text in whole.items()} and len(cut[1]) <= 3
+    last = tokenizer.encode(whole[0])[-1]
+    monkeypatch.setattr(tokenizer, "_eos_token_ids", {last})
+    assert whole[0].startswith(dict(batches.answer_all(pair, tokenizer, asked, [], 2))[0])
+    assert dict(batches.answer_all(pair, tokenizer, [], [], 2)) == {}
+
+
+def test_batches_go_on_where_they_stopped(demo_pair, tmp_path, monkeypatch):
+    """With another batch size too; what was answered has been scored."""
+    whole, given = run_module.answer_all, []
+
+    def interrupted(*rest):
+        for i, answer in enumerate(whole(*rest)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield answer
+
+    def counted(*rest):
+        for answer in whole(*rest):
+            given.append(answer)
+            yield answer
+
+    options = {"task": "triviaqa", "modes": ["exact", "auxiliary"]}
+    monkeypatch.setattr(run_module, "answer_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(*demo_pair, tmp_path, batch_size=4, **options)
+    before = (tmp_path / "items.jsonl").read_text()
+    monkeypatch.setattr(run_module, "answer_all", counted)
+    results, records = evaluation(*demo_pair, tmp_path, batch_size=2, **options)
+    assert (tmp_path / "items.jsonl").read_text().startswith(before)
+    assert len(records) == 16 and len(given) == 16 - len(before.splitlines()[1:])
+    assert results["complete"] and [row["items"] for row in results["rows"]] == [8, 8]
+
+
+def test_prompts_that_are_too_long_score_nothing_in_batches(demo_pair, tmp_path):
+    results, records = evaluation(*demo_pair, tmp_path, "triviaqa", ["exact"], batch_size=4, context=30)
+    unanswered = [r for r in records.values() if not r["answers"]]
+    assert 0 < len(unanswered) < 8 and all(r["prompt_tokens"] == [] for r in unanswered)
+    assert results["rows"][0]["items"] == 8
+
+
+def test_models_that_cannot_answer_in_batches(demo_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(demo_pair[0].rows), "supported", False)
+    settings = EvaluationSettings(tasks=["triviaqa"], data=FILES, batch_size=2)
+    with pytest.raises(ValueError, match="cannot answer in batches: give --batch-size 1"):
+        Evaluation(*demo_pair, "pair", settings, tmp_path)
 
 
 def test_journals_of_something_else(tmp_path):
@@ -462,3 +600,39 @@ def test_no_hub_is_one_line(tmp_path):
     fails_at_the_end(
         (done.returncode, done.stdout, done.stderr), "mandarjoshi/trivia_qa", "--data takes a file"
     )
+
+
+@pytest.fixture(params=["SentencePiece", "byte-level BPE"])
+def answering(request, demo_pair, tmp_path):
+    """The bundled pair with its own tokenizer, or with one of the other kind, made of its vocabulary's code."""
+    pair, tokenizer = demo_pair
+    if request.param == "SentencePiece":
+        return pair, tokenizer
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([ROWS["humaneval"][1]["prompt"] * 9], vocab_size=400)
+    made.save(str(tmp_path / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="!").save_pretrained(
+        tmp_path
+    )
+    return pair, mlx_lm.utils.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_an_answer_keeps_the_space_that_it_begins_with(answering, tmp_path, size):
+    """mlx-lm's detokenizers of one kind drop it, and a body that continues a function is then indented by three."""
+    pair, tokenizer = answering
+    prompt, space = tokenizer.encode("def f(x):\n"), tokenizer.encode("a b")[-2:]
+    token = next(t for t in space if tokenizer.decode([prompt[-1], t]).endswith(("\n ", "\n b")))
+    settings = EvaluationSettings(["humaneval"], max_tokens=1, batch_size=size)
+    evaluation = Evaluation(pair, tokenizer, "demo", settings, tmp_path / "results")
+    answer = lambda logprobs: mx.full(logprobs.shape[:-1], token)
+    if size is None:
+        text, _ = evaluation._answer(pair, HUMANEVAL, prompt, answer)
+    else:
+        asked = [batches.Asked(0, prompt, 1, answer)]
+        ((_, text),) = batches.answer_all(pair, tokenizer, asked, HUMANEVAL.stops, size)
+    assert text == tokenizer.decode([prompt[-1], token]).removeprefix(tokenizer.decode([prompt[-1]]))
+    assert text.startswith(" ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 Record = dict[str, Any]
@@ -20,7 +21,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, same: Record):
-        self._path = path
+        self._path, self._adding = path, Lock()
         lines = _whole_lines(path)
         if lines:
             before = lines.pop(0)
@@ -41,9 +42,10 @@ class Journal:
         return self._records[key]
 
     def add(self, record: Record) -> None:
-        """Write down that `record["id"]` of `record["task"]` is finished in `record["mode"]`."""
-        self._append(record)
-        self._records[record["task"], record["mode"], record["id"]] = record
+        """Write down that `record["id"]` of `record["task"]` is finished in `record["mode"]`; from any thread."""
+        with self._adding:
+            self._append(record)
+            self._records[record["task"], record["mode"], record["id"]] = record
 
     def _append(self, line: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:

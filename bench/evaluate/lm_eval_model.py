@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
+from kvpred_mlx.bench.evaluate.settings import LM_EVAL_BATCH, EvaluationSettings
 from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
@@ -107,7 +107,8 @@ def evaluate(
     Raises:
         OSError: its data cannot be had.
     """
-    lm = LoadedLM(model, tokenizer, settings.batch_size, settings.max_tokens, context)
+    batch_size = settings.batch_size or LM_EVAL_BATCH
+    lm = LoadedLM(model, tokenizer, batch_size, settings.max_tokens, context)
     with contextlib.redirect_stdout(sys.stderr):
         found = simple_evaluate(
             model=lm,

@@ -9,6 +9,8 @@ from kvpred_mlx.bench.evaluate.journal import Record
 from kvpred_mlx.bench.evaluate.scores import AUXILIARY
 from kvpred_mlx.bench.evaluate.tasks import PASS_K
 
+LM_EVAL_BATCH = 8  # items, where nothing else is given
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -24,7 +26,8 @@ class EvaluationSettings:
         top_p: of the samples.
         max_tokens: of an answer (None: the task's own).
         min_prompt_tokens: prompts of fewer tokens are not predicted; 1 predicts all, as in the paper.
-        batch_size: of lm-eval's tasks.
+        batch_size: items that are answered together (None: `LM_EVAL_BATCH` of lm-eval's tasks; those of `TASKS` one by
+            one, so that each has a time to its first token, as with 1).
         include_path: a folder with more of lm-eval's tasks.
         seed: of the samples and of the intervals.
     """
@@ -38,7 +41,7 @@ class EvaluationSettings:
     top_p: float = 0.95
     max_tokens: int | None = None
     min_prompt_tokens: int = 1
-    batch_size: int = 8
+    batch_size: int | None = None
     include_path: Path | None = None
     seed: int = 0
 

@@ -114,6 +114,19 @@ def prompt(task: Task, row: dict[str, Any]) -> str:
     return row["prompt"] if task is HUMANEVAL else f"Question: {row['question']}\nAnswer:"
 
 
+def beginning(tokenizer: Any, prompt: Sequence[int], token: int) -> str:
+    """The space that an answer begins with, if its first `token` brings one and mlx-lm's detokenizer drops it.
+
+    It drops it as the first of a text.  A body that continues a function is then indented by three.
+    """
+    detokenizer = tokenizer.detokenizer
+    detokenizer.add_token(token)
+    detokenizer.finalize()
+    before = tokenizer.decode([prompt[-1]])
+    begins = tokenizer.decode([prompt[-1], token]).startswith(before + " ")
+    return " " if begins and not detokenizer.text.startswith(" ") else ""
+
+
 def cut(text: str, stops: Sequence[str]) -> str:
     """`text` up to the first of `stops`."""
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]

@@ -53,7 +53,14 @@ def evaluate(
     min_prompt_tokens: Annotated[
         int, typer.Option(min=1, help="Shorter prompts are not predicted; 1 predicts all, as in the paper.")
     ] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of lm-eval's tasks.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Items that are answered together. Default: 8 of lm-eval's tasks, 1 of triviaqa and humaneval, "
+            "whose items have no time to the first token in batches.",
+        ),
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks for lm-eval.")] = None,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Run code that the model writes (humaneval).")
