@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # CUDA: products of float32 have 10 bits of mantissa otherwise
+
 import kvpred_mlx  # noqa: F401  # first: it loads a fast BLAS on Linux before MLX
 
 # isort: split

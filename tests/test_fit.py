@@ -16,6 +16,7 @@ from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.fit import fit, fit_first_layers
 from kvpred_mlx.making.moments import Moments, Ridge
+from kvpred_mlx.making.regression import Sums, TwoModels
 from kvpred_mlx.making.settings import FitSettings
 from kvpred_mlx.pair import sources
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -232,3 +233,17 @@ def test_memory_does_not_grow_with_the_tokens():
         moments.add(np.ones((100, 8)), np.ones((100, 4)))
     sizes.append(sum(a.nbytes for a in vars(moments).values() if isinstance(a, np.ndarray)))
     assert sizes[0] == sizes[1] and moments.n == 500
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_products_on_the_device_are_those_on_the_host(weighted):
+    recorder = TwoModels(KVTaps(build("qwen3")), KVTaps(build("qwen2")), "hidden", weighted)
+    targets = {recorder.key(0, 0): [(0, 0), (2, 1)], recorder.key(1, 0): [(1, 0)]}
+    host, device = (Sums(recorder, targets, 5, on_host=on_host) for on_host in (True, False))
+    for i in range(3):
+        batch = tokens(90, seed=i, batch=2)
+        for sums in (host, device):
+            sums.read(batch, held_out=i == 1)
+    assert device.tokens == host.tokens == 540
+    for (name, theirs), mine in zip(host.state().items(), device.state().values(), strict=True):
+        assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-3), name

@@ -49,6 +49,13 @@ class Moments:
         self.xy += wx.T @ y
         self.yy += np.einsum("tb,tb->b", wy, y)
 
+    def merge(self, other: Moments) -> None:
+        """Add the sums over other samples."""
+        self.n += other.n
+        for part in ("x", "y", "xx", "xy", "yy"):
+            total = getattr(self, part)
+            total += getattr(other, part)
+
     def __add__(self, other: Moments) -> Moments:
         parts = ("x", "y", "xx", "xy", "yy")
         return Moments(self.n + other.n, *(getattr(self, p) + getattr(other, p) for p in parts))

@@ -13,6 +13,7 @@ from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.moments import Moments
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.pair import sources
+from kvpred_mlx.pair.cpu_prefill import on_cpu
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.taps.kv_taps import KVTaps
 
@@ -129,7 +130,7 @@ class RecordedFirstLayers(FirstLayers):
         self._recording = recording
 
     def record(self, batch: Any) -> Recorded:
-        kv = self._recording.split_kv(batch["kv"])
+        kv = self._recording.layout.split_kv(batch["kv"])
         return (
             {(k, 0): batch[f"layer_{k}"] for k in self.depths},
             {(i, part): kv[i][part] for i, part in self.target_widths},
@@ -140,19 +141,26 @@ class RecordedFirstLayers(FirstLayers):
 class Sums:
     """Moments of every feature array with its targets, side by side, so that a batch is one product of matrices.
 
-    Products are taken in double precision on the host: beside the forward pass they are a few hundredths of the work
-    (docs/making-pairs.md), and ridges can be small.
+    Beside MLX's CPU backend products are taken in double precision on the host: they are a few hundredths of the
+    forward pass there (docs/making-pairs.md), and ridges can be small.  A GPU's forward pass is done before its host's
+    products: there they are taken on the device, a batch at a time in float32, and added up in double precision.
 
     Args:
         recorder: gives features and targets.
         targets: what each feature array is to predict.
         columns: of each target at most so many columns count, spread evenly (None: all).
+        on_host: where products are taken (None: as the device suggests).
     """
 
     def __init__(
-        self, recorder: Recorder, targets: Mapping[Key, Sequence[Target]], columns: int | None = None
+        self,
+        recorder: Recorder,
+        targets: Mapping[Key, Sequence[Target]],
+        columns: int | None = None,
+        *,
+        on_host: bool | None = None,
     ):
-        self._recorder = recorder
+        self._recorder, self._on_host = recorder, on_cpu() if on_host is None else on_host
         self.targets = {key: list(wanted) for key, wanted in targets.items()}
         widths = recorder.target_widths
         self._picked = {t: _spread(w, columns) for t, w in widths.items()}
@@ -171,11 +179,14 @@ class Sums:
         features, targets, weights = self._recorder.record(batch)
         sums = self.held_out if held_out else self.fitted
         mx.eval([features[key] for key in self.targets], list(targets.values()), weights)
-        weigh = None if weights is None else np.array(weights, np.float64).reshape(-1)
+        weigh = None if weights is None else weights.astype(mx.float32).reshape(-1)
         for key, wanted in self.targets.items():
-            y = [_double(targets[t])[:, self._picked[t]] for t in wanted]
-            x = _double(features[key])
-            sums[key].add(x, np.concatenate(y, axis=1), weigh)
+            y = mx.concatenate([_rows(targets[t])[:, self._picked[t]] for t in wanted], axis=1)
+            x = _rows(features[key])
+            if self._on_host:
+                sums[key].add(_double(x), _double(y), None if weigh is None else _double(weigh))
+            else:
+                sums[key].merge(moments_of(x, y, weigh))
         self.tokens += len(x)
 
     def whole(self, key: Key) -> Moments:
@@ -206,13 +217,25 @@ class Sums:
         }
 
 
+def moments_of(x: mx.array, y: mx.array, weights: mx.array | None) -> Moments:
+    """Of samples `x` [T, a] and `y` [T, b], in float32 on the device; `weights` [T] instead of 1 each."""
+    wx, wy = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
+    sums = [wx.sum(0), wy.sum(0), wx.T @ x, wx.T @ y, (wy * y).sum(0)]
+    mx.eval(sums)
+    return Moments(len(x) if weights is None else weights.sum().item(), *map(np.array, sums))  # type: ignore[arg-type]
+
+
+def _rows(array: mx.array) -> mx.array:
+    """`[B, L, width]` as `[B * L, width]`."""
+    return array.astype(mx.float32).reshape(-1, array.shape[-1])
+
+
 def _double(array: mx.array) -> np.ndarray:
-    """`[B, L, width]` as `[B * L, width]` in double precision."""
-    return np.array(array.astype(mx.float32)).reshape(-1, array.shape[-1]).astype(np.float64)
+    return np.array(array).astype(np.float64)
 
 
 def _spread(width: int, most: int | None) -> Any:
     """Which columns count: an index that copies nothing if all do."""
     if most is None or width <= most:
         return slice(0, width)
-    return np.linspace(0, width - 1, most).astype(int)
+    return mx.array(np.linspace(0, width - 1, most).astype(int))
