@@ -18,7 +18,7 @@ BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pair test test-fast lint newest bench readme convert openblas clean
+.PHONY: help setup demo demo-pair real-pairs test test-fast lint newest bench readme convert openblas clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,12 @@ demo: setup  ## generate with the bundled pair, predicted and exact side by side
 
 demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [MINUTES=60 FOLDER=demo-pair]
 	$(BIN)/python -m kvpred_mlx.bench.recipe.demo_pair --minutes $(or $(MINUTES),60) --folder $(or $(FOLDER),demo-pair)
+
+real-pairs: setup $(BENCH)  ## pairs of real models: BASE=.. DATA=.. HELD_OUT=.. [FOLDER=real-pairs ARGS="--depths 10,14"]
+	@test -n "$(BASE)" -a -n "$(DATA)" -a -n "$(HELD_OUT)" || \
+	  { echo 'usage: make real-pairs BASE=MODEL DATA=TEXT HELD_OUT=OTHER_TEXT [FOLDER=real-pairs] [ARGS="..."]' >&2; exit 2; }
+	$(BIN)/python -m kvpred_mlx.bench.recipe.real_pairs --base $(BASE) --data $(DATA) --held-out $(HELD_OUT) \
+	  --folder $(or $(FOLDER),real-pairs) $(ARGS)
 
 test: setup $(DEV) lint  ## lint, types and tests
 	$(BIN)/python -m pytest -q tests

@@ -418,18 +418,8 @@ def test_train_as_used(models, tmp_path, run, reads):
     assert run(*first_layers_arguments(models, fitted, *with_auxiliary))[0] == 0
     options = ["--data", models / "text.txt", "--mlx-path", out, "--max-seq-length", 128, "--windows", 6]
     command = [
-        "train",
-        "--model",
-        fitted,
-        *options,
-        "--as-used",
-        "--iters",
-        3,
-        "--batch-size",
-        2,
-        "--warmup",
-        0,
-    ]
+        "train", "--model", fitted, *options, "--as-used", "--iters", 3, "--batch-size", 2, "--warmup", 0
+    ]  # fmt: skip
     code, _, err = run(*command)
     assert code == 0, err
     assert "divergence" in err and "trained as it is used" in (out / "README.md").read_text()
@@ -440,6 +430,10 @@ def test_train_as_used(models, tmp_path, run, reads):
                if not mx.array_equal(a, dict(tree_flatten(before.predictor.parameters()))[n])]  # fmt: skip
     assert changed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fitted", "trained", "trained.recording"]
+    out = tmp_path / "fresh"
+    code, _, err = run(*command, "--windows", 0, "--mlx-path", out)
+    assert code == 0 and "divergence" in err, err
+    assert (out / "config.json").exists() and not out.with_name("fresh.recording").exists()
 
 
 class Templated:

@@ -22,7 +22,8 @@ STUDIES = [
         "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "soak"
     )
 ]  # fmt: skip
-COMMANDS = [*STUDIES, "studies.convert_memory", "recipe.demo_pair", "readme"]
+RECIPES = ["recipe.demo_pair", "recipe.real_pairs"]
+COMMANDS = [*STUDIES, *RECIPES, "studies.convert_memory", "readme"]
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_help(run, name):
     assert code == 0 and "Usage: " in out and not err
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "recipe.demo_pair"])
+@pytest.mark.parametrize("name", [*STUDIES, *RECIPES])
 def test_unknown_options(run, name):
     fails(run(name, "--frobnicate"), 2, name.rpartition(".")[2], "--frobnicate")
 
@@ -161,24 +162,66 @@ def test_fit_cost(tmp_path, run, demo_pair, small):
     assert found["peak_resident_bytes"] >= found["resident_bytes_before"] > 0
 
 
-def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
-    """A study of a tiny base from recording to training, gone on with, and the forms on what it recorded."""
-    from test_making import write_model
-
-    write_model(tmp_path / "base", "qwen3", demo_pair[1])
+@pytest.fixture
+def text(tmp_path):
+    """Folders of text to make pairs of, and to measure them on."""
     text = "".join(f"def function_{i}(a, b):\n    return a * {i} + b  # line {i}\n\n\n" for i in range(900))
     for name in ("train", "held"):
         (tmp_path / name).mkdir()
         for i in range(6):
             (tmp_path / name / f"{i}.py").write_text(text[i * 99 :][:20000])
+    return tmp_path
+
+
+@pytest.mark.parametrize(("windows", "reads"), [(4, "--depths"), (0, "--depths"), (4, "--auxiliary")])
+def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
+    """The recipe on tiny models: every step once, and linked pairs that are loaded beside any copy of the base."""
+    from test_making import write_model
+
+    from kvpred_mlx.bench.recipe import real_pairs
+
+    monkeypatch.setattr(real_pairs, "MEASURED", (96, 192))
+    write_model(text / "base", "qwen3", demo_pair[1])
+    write_model(text / "auxiliary", "qwen3", demo_pair[1])
+    how = {"--depths": "1,2", "--auxiliary": text / "auxiliary"}[reads]
+    names = ["tiny-1", "tiny-2"] if reads == "--depths" else ["tiny"]
     command_line = [
-        "--base", tmp_path / "base", "--depths", "1,2", "--data", tmp_path / "train", "--held-out", tmp_path / "held",
-        "--folder", tmp_path / "out", "--windows", 5, "--counts", "3,5", "--held-windows", 3, "--recall", 1,
+        "--base", text / "base", "--data", text / "train", "--held-out", text / "held", "--folder", text / "out",
+        reads, how, "--name", "tiny", "--links", "somebody/base,somebody/auxiliary", "--tokens", 4096,
+        "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", "2,1",
+    ]  # fmt: skip
+    code, _, err = run("recipe.real_pairs", *command_line)
+    assert code == 0, err
+    others = {"base": str(text / "base")}
+    if reads == "--auxiliary":
+        others["auxiliary"] = str(text / "auxiliary")
+    before = {}
+    for name in names:
+        folder = text / "out" / name
+        assert json.loads((folder / "config.json").read_text())["base"]["path_or_hf_repo"] == "somebody/base"
+        assert "| predicted |" in (folder / "README.md").read_text()
+        pair, _ = kvpred_mlx.load(folder, **others)
+        assert pair(mx.arange(1, 50)[None]).shape[1] == 49
+        assert any("scales" in key for key in mx.load(str(folder / "model.safetensors")))
+        before[name] = (folder / "model.safetensors").stat().st_mtime_ns
+    assert run("recipe.real_pairs", *command_line)[0] == 0
+    for name, then in before.items():
+        assert (text / "out" / name / "model.safetensors").stat().st_mtime_ns == then
+
+
+def test_first_layers_and_predictor_forms(text, run, demo_pair):
+    """A study of a tiny base from recording to training, gone on with, and the forms on what it recorded."""
+    from test_making import write_model
+
+    write_model(text / "base", "qwen3", demo_pair[1])
+    command_line = [
+        "--base", text / "base", "--depths", "1,2", "--data", text / "train", "--held-out", text / "held",
+        "--folder", text / "out", "--windows", 5, "--counts", "3,5", "--held-windows", 3, "--recall", 1,
         "--iters", 2, "--batch-size", 2, "--every", 1, "--trained", 2, "--saved", "1,2",
     ]  # fmt: skip
     code, _, err = run("studies.first_layers", *command_line)
     assert code == 0, err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((text / "out" / "results.json").read_text())
     ways = [(row["depth"], row["way"]) for row in results["rows"]]
     assert ways == [
         *((k, f"closed form, {c} windows") for c in (3, 5) for k in (1, 2)),
@@ -186,15 +229,15 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     ]
     for row in results["rows"]:
         assert row["held-448"]["agreement"]["mean"] <= 1 and row["recall-448"]["recalled"]["mean"] <= 1
-    pair, _ = kvpred_mlx.load(tmp_path / "out" / "pair")
+    pair, _ = kvpred_mlx.load(text / "out" / "pair")
     assert list(pair.predictor.depths) == [1, 2] and pair(mx.arange(1, 50)[None]).shape[1] == 49
     assert run("studies.first_layers", *command_line)[0] == 0
-    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    again = json.loads((text / "out" / "results.json").read_text())
     assert again["rows"] == results["rows"]
-    forms = ["--base", tmp_path / "base", "--folder", tmp_path / "out", "--depth", 2, "--joined", "1"]
+    forms = ["--base", text / "base", "--folder", text / "out", "--depth", 2, "--joined", "1"]
     code, _, err = run("studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "forms-2-5.json").read_text())["forms"]
+    found = json.loads((text / "out" / "forms-2-5.json").read_text())["forms"]
     assert list(found) == [
         "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention", "gated MLP, 8 wide"
     ]  # fmt: skip
@@ -202,11 +245,11 @@ def test_first_layers_and_predictor_forms(tmp_path, run, demo_pair):
     assert (
         zero["mean"] == found["linear"]["over linear"]["agreement"]["mean"] == 0
     )  # as many ranks as features
-    write_model(tmp_path / "small", "llama", demo_pair[1])
-    both = [*forms[:4], "--auxiliary", tmp_path / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
+    write_model(text / "small", "llama", demo_pair[1])
+    both = [*forms[:4], "--auxiliary", text / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
     code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)
     assert code == 0, err
-    found = json.loads((tmp_path / "out" / "forms-small-5.json").read_text())["forms"]
+    found = json.loads((text / "out" / "forms-small-5.json").read_text())["forms"]
     assert [name for name in found if name.startswith("joined")] == [
         f"joined with {k}" for k in ("1", "2", "1, 2")
     ]

@@ -224,7 +224,7 @@ class Forms:
         for i in range(len(self.train)):
             batch = self.train.rows([i], features=[])
             cache = make_prompt_cache(self.taps.model)
-            kv = self.train.split_kv(batch["kv"])
+            kv = self.train.layout.split_kv(batch["kv"])
             self.taps.inject(kv, batch["prompts"][:, :-1], cache, logits=False)
             answers = mx.concatenate([batch["prompts"][:, -1:], batch["continuations"][:, :-1]], axis=1)
             with listener.listen() as heard:
@@ -319,10 +319,10 @@ class _FormLoss(AsUsedLoss):
         self._form = form
 
     def entries(self, pair: KVPredictionModel, batch: Batch) -> tuple[list[KV], list[KV]]:
-        true = self.recording.split_kv(batch["kv"])
+        true = self.recording.layout.split_kv(batch["kv"])
         made = self._form(batch)
         before = batch["kv"][..., : batch["kv"].shape[-1] - made.shape[-1]]
-        return self.recording.split_kv(mx.concatenate([before, made], axis=-1)), true
+        return self.recording.layout.split_kv(mx.concatenate([before, made], axis=-1)), true
 
 
 def _features(batch: Batch, names: list[str]) -> mx.array:

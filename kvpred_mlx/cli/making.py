@@ -14,10 +14,12 @@ from kvpred_mlx.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from kvpred_mlx.making.data import PackedSequences
+    from kvpred_mlx.making.fresh_windows import FreshWindows
     from kvpred_mlx.making.pairing import LoadedModel
     from kvpred_mlx.making.quality import Quality
     from kvpred_mlx.making.recording import Recording
     from kvpred_mlx.making.settings import FitSettings
+    from kvpred_mlx.making.windows import Windows
     from kvpred_mlx.pair.model import KVPredictionModel
 
 
@@ -261,16 +263,30 @@ def record_windows(
     begun: Begun, documents: list[str], max_seq_length: int, folder: Path, most: int
 ) -> Recording:
     """Record windows of training documents: a prompt, and the tokens after it that are scored."""
+    from kvpred_mlx.making.recording import record
+
+    with progress_bar("recording") as progress:
+        return record(
+            begun.pair, _cut(begun, documents, max_seq_length, max(most, 1)), folder, progress=progress
+        )
+
+
+def fresh_windows(begun: Begun, documents: list[str], max_seq_length: int) -> FreshWindows:
+    """All windows of training documents, each recorded when a step asks for it."""
+    from kvpred_mlx.making.fresh_windows import FreshWindows
+
+    return FreshWindows(begun.pair, _cut(begun, documents, max_seq_length, None))
+
+
+def _cut(begun: Begun, documents: list[str], max_seq_length: int, most: int | None) -> Windows:
     from kvpred_mlx.making.data import encode
     from kvpred_mlx.making.quality import SCORE_TOKENS
-    from kvpred_mlx.making.recording import record
     from kvpred_mlx.making.windows import cut_windows
 
-    cut = cut_windows(
-        encode(begun.tokenizer, documents), max_seq_length - SCORE_TOKENS, SCORE_TOKENS, most=max(most, 1)
-    )
-    with progress_bar("recording") as progress:
-        return record(begun.pair, cut, folder, progress=progress)
+    ids = encode(begun.tokenizer, documents)
+    whole = sum(len(i) // max_seq_length for i in ids)
+    counts = {"most": most} if most is not None else {"most": max(whole, 1), "per_document": max(whole, 1)}
+    return cut_windows(ids, max_seq_length - SCORE_TOKENS, SCORE_TOKENS, **counts)
 
 
 def prompt_lengths(max_seq_length: int) -> list[int]:

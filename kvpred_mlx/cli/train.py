@@ -74,7 +74,13 @@ def train(
         ),
     ] = False,
     record: o.RecordFolder = None,
-    windows: Annotated[int, typer.Option(min=1, help="With --as-used: windows to record.")] = 400,
+    windows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --as-used: windows to record; 0 records none, and every step has new ones (for a GPU).",
+        ),
+    ] = 400,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Do not compile the step.")] = False,
     dtype: o.Dtype = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100,
@@ -125,7 +131,11 @@ def train(
     with restored_types(begun.pair):
         if as_used:
             folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")
-            recording = making.record_windows(begun, training, max_seq_length, folder, windows)
+            recording: Any = (
+                making.record_windows(begun, training, max_seq_length, folder, windows)
+                if windows
+                else making.fresh_windows(begun, training, max_seq_length)
+            )
             weights = AsUsedWeights(kv=kv_loss or 0.0)
             trainer = as_used_trainer(begun.pair, recording, settings, weights, states)
             how = f"The predictor was trained as it is used on {iters * batch_size:,} windows"

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.making.fresh_windows import FreshWindows
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import check_weights
 from kvpred_mlx.making.recording import Batch, Layout, Recording
@@ -54,7 +55,12 @@ class AsUsedLoss:
         depth: which maps of a first-layers pair are trained (None: the deepest).
     """
 
-    def __init__(self, recording: Recording, weights: AsUsedWeights | None = None, depth: int | None = None):
+    def __init__(
+        self,
+        recording: Recording | FreshWindows,
+        weights: AsUsedWeights | None = None,
+        depth: int | None = None,
+    ):
         self.recording, self._weights, self._depth = recording, weights or AsUsedWeights(), depth
 
     def __call__(self, pair: KVPredictionModel, batch: Batch) -> tuple[mx.array, Terms]:
@@ -84,7 +90,7 @@ class AsUsedLoss:
 
     def entries(self, pair: KVPredictionModel, batch: Batch) -> tuple[list[KV], list[KV]]:
         """Keys and values of every layer as the pair fills them, and the true ones."""
-        true = self.recording.split_kv(batch["kv"])
+        true = self.recording.layout.split_kv(batch["kv"])
         predictor = pair.predictor
         if isinstance(predictor, FirstLayersPredictor):
             depth = predictor.depths[-1] if self._depth is None else self._depth
@@ -117,7 +123,7 @@ def divergence(logits: mx.array, top_ids: mx.array, top_logprobs: mx.array) -> m
 
 def as_used_trainer(
     pair: KVPredictionModel,
-    recording: Recording,
+    recording: Recording | FreshWindows,
     settings: TrainingSettings,
     weights: AsUsedWeights | None = None,
     state_folder: Path | None = None,

@@ -47,6 +47,12 @@ class Layout:
     features: Mapping[str, int]
     models: Sequence[int] = ()
 
+    def split_kv(self, kv: mx.array) -> list[KV]:
+        """Recorded keys and values [B, L, widths] layer by layer."""
+        ends = np.cumsum([w for widths in self.kv for w in widths])[:-1].tolist()
+        parts: Any = mx.split(kv, ends, axis=-1)
+        return [KV(k, v) for k, v in zip(parts[::2], parts[1::2], strict=True)]
+
     @classmethod
     def of(cls, pair: KVPredictionModel) -> Layout:
         """What a pair's predictor reads, and the keys and values of its base."""
@@ -86,12 +92,13 @@ def record(
         progress(start, len(windows), "recording")
         rows = slice(start, min(start + batch_size, len(windows)))
         prompts, continuations = mx.array(windows.prompts[rows]), mx.array(windows.continuations[rows])
-        recording.write(rows, **_record(pair, prompts, continuations))
+        recording.write(rows, **observe(pair, prompts, continuations))
     progress(len(windows), len(windows), "recording")
     return recording
 
 
-def _record(pair: KVPredictionModel, prompts: mx.array, continuations: mx.array) -> dict[str, Any]:
+def observe(pair: KVPredictionModel, prompts: mx.array, continuations: mx.array) -> dict[str, Any]:
+    """What a recording keeps of some windows, `[B, P]` and `[B, N]`; only the passes over prompts are evaluated."""
     cache, inputs = make_prompt_cache(pair.base), list[mx.array]()
     kv, _ = pair.base_taps.record(prompts[:, :-1], cache, inputs=inputs)
     if isinstance(pair.predictor, FirstLayersPredictor):
@@ -245,20 +252,16 @@ class Recording:
         )
         return batch | {name: mx.array(self._arrays[name][chosen]).astype(mx.float32) for name in names}
 
-    def split_kv(self, kv: mx.array) -> list[KV]:
-        """Recorded keys and values [B, L, widths] layer by layer."""
-        ends = np.cumsum([w for widths in self.layout.kv for w in widths])[:-1].tolist()
-        parts: Any = mx.split(kv, ends, axis=-1)
-        return [KV(k, v) for k, v in zip(parts[::2], parts[1::2], strict=True)]
-
     def batch(self, index: int, batch_size: int, seed: int) -> Batch:
-        """Batch number `index` of the recorded windows: every one once an epoch, in an order of its own."""
-        places = range(index * batch_size, (index + 1) * batch_size)
-        orders = {
-            e: np.random.default_rng([seed, e]).permutation(len(self))
-            for e in {p // len(self) for p in places}
-        }
-        return self.rows([int(orders[p // len(self)][p % len(self)]) for p in places])
+        """Batch number `index` of the recorded windows (see `draw`)."""
+        return self.rows(draw(len(self), index, batch_size, seed))
+
+
+def draw(count: int, index: int, batch_size: int, seed: int) -> list[int]:
+    """Batch number `index` of `count` windows: every one once an epoch, in an order of its own."""
+    places = range(index * batch_size, (index + 1) * batch_size)
+    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {p // count for p in places}}
+    return [int(orders[p // count][p % count]) for p in places]
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

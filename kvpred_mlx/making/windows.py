@@ -30,7 +30,7 @@ class Windows:
 
 
 def cut_windows(
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[Sequence[int] | np.ndarray],
     prompt_tokens: int,
     score_tokens: int,
     tokenizer: Any = None,
@@ -43,7 +43,7 @@ def cut_windows(
         ValueError: no document is long enough.
     """
     size = prompt_tokens + score_tokens
-    found: list[tuple[int, Sequence[int]]] = []
+    found: list[tuple[int, Sequence[int] | np.ndarray]] = []
     for d, ids in enumerate(documents):
         count = min(per_document, len(ids) // size)
         starts = np.linspace(0, len(ids) - size, count).astype(int) if count > 1 else range(count)
