@@ -62,7 +62,7 @@ bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="
 	$(BIN)/kvpred-mlx bench $(or $(ARGS),$(SHORT_BENCH))
 
 readme: setup $(BENCH)  ## write the tables of bench/results/ into the README and the pages beside the results
-	$(BIN)/python -m kvpred_mlx.bench.readme README.md bench/results/*/README.md
+	$(BIN)/python -m kvpred_mlx.bench.readme README.md docs/real-pairs.md bench/results/*/README.md
 
 convert: setup $(DEV)  ## an example, or CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
 ifeq ($(CHECKPOINT)$(CONFIG)$(TOKENIZER)$(OUT),)

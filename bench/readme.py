@@ -1,6 +1,7 @@
 """Write the tables of `bench/results/` into the README and the pages beside them: `make readme`.
 
-Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`) and `<!-- end -->`.
+Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`, `real`, `humaneval`) and
+`<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.common.results import Results, machine_text
 from kvpred_mlx.bench.front import files as front_files
 from kvpred_mlx.bench.front import report as front_report
+from kvpred_mlx.bench.recipe import real_report
 from kvpred_mlx.bench.ttft import files as ttft_files
 from kvpred_mlx.bench.ttft import report as ttft_report
 
 RESULTS = Path(__file__).with_name("results")
-BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain|real|humaneval): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -33,7 +35,12 @@ def with_tables(text: str) -> str:
 
 def _block(kind: str, folder: str) -> str:
     path = RESULTS / folder / "results.json"
-    made = _ttft(path) if kind == "bench" else _front(kind, path)
+    if kind in ("real", "humaneval"):
+        results = real_report.read(path)
+        tables = {"real": real_report.quality_markdown, "humaneval": real_report.humaneval_markdown}
+        made = tables[kind](results)
+    else:
+        made = _ttft(path) if kind == "bench" else _front(kind, path)
     return f"<!-- {kind}: {folder} -->\n\n{made}\n\n<!-- end -->"
 
 

@@ -318,9 +318,10 @@ def test_failures(run, tmp_path):
 
 def test_readme_shows_the_results():
     root = Path(__file__).parents[1]
-    for page in (root / "README.md", *root.glob("bench/results/**/README.md")):
+    pages = root / "README.md", root / "docs/real-pairs.md", *root.glob("bench/results/**/README.md")
+    for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert re.search("<!-- (bench|pareto): ", text)
+        assert re.search("<!-- (bench|pareto|real): ", text)
         assert with_tables(text) == text  # else: make readme
 
 

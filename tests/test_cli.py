@@ -129,7 +129,7 @@ def test_unknown_models(run, monkeypatch):
     fails(run("generate", "-p", "x", "--model", "/no/such/dir"), 1, "/no/such/dir", "no such directory")
     fails(run("generate", "-p", "x", "--model", "./nope"), 1, "./nope")
     fails(run("generate", "-p", "x", "--model", "nobody/nothing"), 1, "nobody/nothing", "hub")
-    fails(run("info", "nobody"), 1, "nobody: no such directory, and not a bundled pair (pycode)")
+    fails(run("info", "nobody"), 1, "nobody: no such directory, and not a bundled pair (pycode, ")
 
 
 def test_bundled_pairs_have_names(run, golden_pair, tmp_path, monkeypatch):

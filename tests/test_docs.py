@@ -21,7 +21,8 @@ import typer.main
 from kvpred_mlx.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "kvpred_mlx/pycode/README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES += [ROOT / "kvpred_mlx/pycode/README.md", *sorted(ROOT.glob("kvpred_mlx/pairs/*/README.md"))]
 PAGES += [page for page in (ROOT / "CONTRIBUTING.md",) if page.exists()]
 BEGINNINGS = ("kvpred-mlx", "python -m kvpred_mlx", "make", "pytest", "python -m pytest", "mlx.launch")
 ELIDED = "ELIDED"  # what stands for ... and [in brackets], which leave something out

@@ -10,6 +10,7 @@ import sys
 
 import huggingface_hub.constants
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import mlx_lm.utils
 import numpy as np
@@ -26,7 +27,8 @@ from kvpred_mlx import cli
 from kvpred_mlx.pair.catalogue import is_cached
 from kvpred_mlx.pair.description import weight_bytes
 from kvpred_mlx.pair.links import Link
-from kvpred_mlx.pair.locating import BUNDLED
+from kvpred_mlx.pair.locating import BUNDLED, is_repository
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
 
 PROMPT = mx.arange(1, 81)[None]
 NAMES = ("two", "first", "kept")
@@ -325,11 +327,47 @@ def test_several_are_served_by_name(root):
 def test_bundled_ones_have_names(copy, run, monkeypatch):
     monkeypatch.setitem(BUNDLED, "small-coder", copy / "first")
     assert run("generate", "-p", "x", "-m", 2, "--model", "small-coder")[0] == 0
-    [listed] = [
-        p for p in json.loads(run("pairs", "--offline", "--json")[1])["bundled"] if p["name"] != "pycode"
-    ]
+    bundled = json.loads(run("pairs", "--offline", "--json")[1])["bundled"]
+    [listed] = [pair for pair in bundled if pair["name"] == "small-coder"]
     assert listed["reads"] == "its first 1 or 2 layers" and listed["parts"] == {str(copy / "base"): True}
-    fails(run("generate", "-p", "x", "--model", "large-coder"), 1, "not a bundled pair (pycode, small-coder)")
+    fails(
+        run("generate", "-p", "x", "--model", "large-coder"),
+        1,
+        "not a bundled pair (pycode, ",
+        "small-coder)",
+    )
+
+
+SHIPPED = sorted(set(BUNDLED) - {"pycode"})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_predictor_is_whole(name):
+    """As far as can be told without its models: everything of it is there, and gives numbers."""
+    config = json.loads((BUNDLED[name] / "config.json").read_text())
+    link, [depth] = Link.of(config["base"]), config["first_layers"]
+    assert is_repository(link.path_or_hf_repo) and len(link.kv_widths) == link.layers
+    weights = mx.load(str(BUNDLED[name] / "model.safetensors"))
+    assert weights.pop("norms.base").size > 0
+    maps = {n.removeprefix("predictor."): w for n, w in weights.items()}
+    width = maps[f"first_{depth}.key_maps.0.scales"].shape[1] * config["quantization"]["group_size"]
+    predictor = FirstLayersPredictor([depth], [width] * link.layers, link.kv_widths)
+    nn.quantize(predictor, config["quantization"]["group_size"], config["quantization"]["bits"])
+    predictor.load_weights(list(maps.items()))
+    made = predictor.behind(depth)(mx.random.normal((1, 3, width)).astype(mx.float16))
+    assert len(made) == link.layers - depth - 1
+    assert all(mx.isfinite(array).all() and mx.abs(array).max() > 0.1 for layer in made for array in layer)
+
+
+def test_shipped_predictors_are_small_and_measured(run):
+    listed = json.loads(run("pairs", "--offline", "--json")[1])["bundled"]
+    shipped = [pair for pair in listed if pair["name"] in SHIPPED]
+    assert shipped and sum(pair["bytes"] for pair in shipped) <= 16e6
+    for pair in shipped:
+        assert pair["reads"].startswith("its first ") and pair["base"] in pair["parts"]
+        assert {0.5 < float(pair["figures"][f]) <= 1 for f in ("agreement", "first token", "retention")} == {
+            True
+        }
 
 
 def test_pairs_lists_what_is_there(run, monkeypatch):

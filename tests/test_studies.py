@@ -14,6 +14,8 @@ from pairs import make_pair
 
 import kvpred_mlx
 from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.readme import RESULTS
+from kvpred_mlx.bench.recipe import real_report
 from kvpred_mlx.bench.studies import convert_memory, pieces
 
 STUDIES = [
@@ -22,7 +24,7 @@ STUDIES = [
         "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "soak"
     )
 ]  # fmt: skip
-RECIPES = ["recipe.demo_pair", "recipe.real_pairs"]
+RECIPES = ["recipe.demo_pair", "recipe.real_pairs", "recipe.real_report"]
 COMMANDS = [*STUDIES, *RECIPES, "studies.convert_memory", "readme"]
 
 
@@ -207,6 +209,25 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     assert run("recipe.real_pairs", *command_line)[0] == 0
     for name, then in before.items():
         assert (text / "out" / name / "model.safetensors").stat().st_mtime_ns == then
+
+
+def test_real_pairs_as_tables_and_a_picture(tmp_path, run):
+    results = real_report.read(RESULTS / "real-pairs" / "results.json")
+    heads, _, *rows = real_report.quality_markdown(results).splitlines()
+    assert len(rows) == 1 + len(results["quality"]) and len({row.count("|") for row in (heads, *rows)}) == 1
+    shares = [float(row.split("|")[3]) for row in real_report.humaneval_markdown(results).splitlines()[2:]]
+    assert (
+        shares == sorted(shares, reverse=True) and shares[0] == 1 and len(shares) == len(results["humaneval"])
+    )
+    for row in results["humaneval"]:
+        assert len(row["right"]) == 164 and row["pass@1"]["mean"] == pytest.approx(
+            row["right"].count("1") / 164
+        )
+    shutil.copy(RESULTS / "real-pairs" / "results.json", tmp_path)
+    assert run("recipe.real_report", tmp_path)[0] == 0
+    assert (tmp_path / "real-pairs.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "results.json").write_text("{}")
+    fails(run("recipe.real_report", tmp_path), 1, "real_report", "not the results of pairs of real models")
 
 
 def test_first_layers_and_predictor_forms(text, run, demo_pair):

@@ -193,7 +193,7 @@ class RealPairs:
         )
         made = (
             f"Maps from {read} to the keys and values of {self._names[0]}, fitted in closed form, trained as the "
-            f"cache is used, quantized to {bits} bits (`make real-pairs`)."
+            f"cache is used, quantized to {bits} bits (docs/real-pairs.md of kvpred-mlx)."
         )
         facts = CardFacts(
             name, self._names[0], self._names[-1] if len(self._names) > 1 else None, [made], "apache-2.0"

@@ -26,7 +26,8 @@ def _one_of(values: tuple[Any, ...], shown: str) -> Callable[[Any], Any]:
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Pair: a directory or a Hugging Face repo. Without it, the bundled one, pycode."
+        "--model",
+        help="Pair: a directory, a Hugging Face repo, or a bundled one by name (`kvpred-mlx pairs`). Default: pycode.",
     ),
 ]
 OtherBase = Annotated[

@@ -12,7 +12,8 @@ from huggingface_hub import snapshot_download
 from kvpred_mlx.errors import one_line
 
 DEMO_PAIR = Path(__file__).parents[1] / "pycode"
-BUNDLED = {DEMO_PAIR.name: DEMO_PAIR}
+LINKED_PAIRS = Path(__file__).parents[1] / "pairs"  # predictors of models that the hub has
+BUNDLED = {path.name: path for path in (DEMO_PAIR, *sorted(LINKED_PAIRS.iterdir()))}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
