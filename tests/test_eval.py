@@ -24,7 +24,7 @@ from kvpred_mlx.bench.evaluate import run as run_module
 from kvpred_mlx.bench.evaluate.journal import Journal
 from kvpred_mlx.bench.evaluate.run import Evaluation
 from kvpred_mlx.bench.evaluate.sandbox import Limits
-from kvpred_mlx.bench.evaluate.scores import interval, mean_flops
+from kvpred_mlx.bench.evaluate.scores import interval, mean_flops, summarize
 from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
 from kvpred_mlx.pair.modes import Mode
@@ -520,8 +520,25 @@ def test_tasks_of_lm_eval(run, lm_eval_tasks, tmp_path):
         assert rows["local_choices", "acc", mode]["score"] in (0.0, 0.5, 1.0)
         assert rows["local_choices", "acc", mode]["ttft"] > 0
         assert rows["local_choices", "acc", mode]["items"] == 2
+        assert rows["local_choices", "acc", mode]["higher_is_better"] is True
     code, _, err = run("eval", "--tasks", "nothing_known", *options)
     assert code == 2 and "nothing_known: not triviaqa nor humaneval, and not known to lm-eval" in err
+
+
+def test_lower_may_be_better(demo_pair):
+    """No share of the exact score is kept of a perplexity, and it is no percentage; more than all is all."""
+    record = lambda score, better: {"scores": {"m": score}, "higher_is_better": {"m": better},
+                                    "errors": {"m": 0.5}, "prompt_tokens": [], "ttfts": []}  # fmt: skip
+    shown = []
+    for better, scores in ((False, (12.0, 15.0)), (True, (0.5, 0.6)), (True, (31.5, 28.0))):
+        modes = dict(zip(("exact", "predicted"), ([record(s, better)] for s in scores), strict=True))
+        rows = summarize(demo_pair[0], "task", modes)
+        results = {"pair": {"name": "demo", "dtype": "float32"}, "rows": rows}
+        cells = [list(column.cells)[2] for column in report.table(results).columns]
+        shown.append((cells[2], cells[3], rows[1]["retention"]))
+    assert shown[0] == ("15 (14.02 to 15.98)", "", None)
+    assert shown[1][:2] == ("60.0 % (-38.0 to 158.0)", "100.0 %") and shown[1][2] == pytest.approx(1.2)
+    assert shown[2][0] == "28 (27.02 to 28.98)" and shown[2][1] == "88.9 %"
 
 
 def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):

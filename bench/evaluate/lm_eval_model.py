@@ -99,7 +99,8 @@ def known_tasks(names: list[str], include_path: Any = None) -> list[str]:
 def evaluate(
     model: nn.Module, tokenizer: Any, task: str, settings: EvaluationSettings, context: int | None = None
 ) -> dict[str, Any]:
-    """Run one of lm-eval's tasks: `scores` and standard `errors` by metric, and what prompts there were.
+    """Run one of lm-eval's tasks: `scores`, standard `errors` and `higher_is_better` by metric, and what
+    prompts there were.
 
     Args:
         context: of the model, in tokens (None: no limit); a line on standard error says how many prompts are longer.
@@ -131,11 +132,13 @@ def evaluate(
         k.replace("_stderr,", ",").removesuffix(",none"): v for k, v in numbers.items() if "_stderr," in k
     }
     scores = {k.removesuffix(",none"): float(v) for k, v in numbers.items() if "_stderr," not in k}
+    better = {k: v for k, v in found.get("higher_is_better", {}).get(task, {}).items() if v is not None}
     items = found.get("n-samples", {}).get(task, {}).get("effective", len(lm.prompt_tokens))
     return {
         "items": items,
         "scores": scores,
         "errors": errors,
+        "higher_is_better": {name: better.get(name.partition(",")[0], True) for name in scores},
         "prompt_tokens": lm.prompt_tokens,
         "ttfts": lm.ttfts,
     }

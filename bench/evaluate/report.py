@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -17,11 +18,11 @@ def table(results: Results) -> Table:
     """Scores with 95 % intervals, their share of the exact mode's, FLOPs and seconds to the first token."""
     made = Table(
         title=f"{results['pair']['name']}, {results['pair']['dtype']}",
-        caption="with 95 % intervals; kept: share of the exact score\n"
+        caption="with 95 % intervals; kept: share of the exact score, at most all of it\n"
         "GFLOPs, s: until the first token, mean and median",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("", "items", "score %", "kept %", "GFLOPs", "s"):
+    for name in ("", "items", "score", "kept", "GFLOPs", "s"):
         made.add_column(name, justify="right" if name else "left", no_wrap=True)
     before = None
     for row in results["rows"]:
@@ -33,8 +34,8 @@ def table(results: Results) -> Table:
         made.add_row(
             f"  {row['mode']}",
             str(row["items"]),
-            _percent(row, "score", "low", "high"),
-            _percent(row, "retention", "retention_low", "retention_high"),
+            (_percent if _is_share(row) else _number)(row, "score", "low", "high"),
+            _percent(row, "retention", "retention_low", "retention_high", most=1.0),
             "" if row["ttft_flops"] is None else f"{row['ttft_flops'] / 1e9:.3g}",
             "" if row["ttft"] is None else f"{row['ttft']:.3f}",
         )
@@ -60,9 +61,10 @@ def draw(results: Results, path: Path) -> None:
     all_axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
         for row in rows:
-            x, y = row["ttft_flops"] / 1e9, 100 * row["score"]
+            unit = 100 if _is_share(row) else 1
+            x, y = row["ttft_flops"] / 1e9, unit * row["score"]
             ends = (
-                [[abs(y - 100 * row["low"])], [abs(100 * row["high"] - y)]]
+                [[abs(y - unit * row["low"])], [abs(unit * row["high"] - y)]]
                 if row["low"] is not None
                 else None
             )
@@ -70,7 +72,7 @@ def draw(results: Results, path: Path) -> None:
         axes.set(
             title=title,
             xlabel="GFLOPs until the first token",
-            ylabel="score, %",
+            ylabel="score, %" if _is_share(rows[0]) else "score",
             xscale="log",
             ylim=(0, None),
         )
@@ -80,9 +82,21 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def _percent(row: dict[str, Any], *names: str) -> str:
-    value, low, high = (row[name] for name in names)
-    if value is None:
-        return ""
-    ends = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None else ""
-    return f"{100 * value:.1f}{ends}"
+def _is_share(row: dict[str, Any]) -> bool:
+    """Whether a score can be told in percent: not a perplexity, and not one that is told in percent already."""
+    return bool(row.get("higher_is_better", True)) and 0 <= row["score"] <= 1
+
+
+def _percent(row: dict[str, Any], *names: str, most: float = np.inf) -> str:
+    values = [None if row[name] is None else min(row[name], most) for name in names]
+    return _figure([None if v is None else f"{100 * v:.1f}" for v in values], " %")
+
+
+def _number(row: dict[str, Any], *names: str) -> str:
+    return _figure([None if row[name] is None else f"{row[name]:.4g}" for name in names])
+
+
+def _figure(texts: list[str | None], unit: str = "") -> str:
+    value, low, high = texts
+    ends = "" if low is None else f" ({low} to {high})"
+    return "" if value is None else f"{value}{unit}{ends}"

@@ -37,6 +37,8 @@ def summarize(
     }
     for metric in next(iter(records.values()))[0]["scores"]:
         exact = [r["scores"][metric] for r in records.get("exact", [])]
+        first = next(iter(records.values()))[0]
+        higher = first.get("higher_is_better", {}).get(metric, True)
         for mode, done in records.items():
             scores = [r["scores"][metric] for r in done]
             ttfts = [t for r in done for t in r["ttfts"]]
@@ -47,7 +49,8 @@ def summarize(
                     "mode": mode,
                     "items": done[0].get("items", len(done)),
                     **_score(scores, done[0].get("errors", {}).get(metric), seed),
-                    **_retention(scores, exact, seed),
+                    "higher_is_better": higher,
+                    **_retention(scores, exact if higher else [], seed),
                     "prompt_tokens": float(np.mean(prompts[mode])) if prompts[mode] else None,
                     "ttft_flops": flops[mode],
                     "ttft": median(ttfts) if ttfts else None,
@@ -103,7 +106,8 @@ def _score(scores: list[float], error: float | None, seed: int) -> dict[str, flo
 
 
 def _retention(scores: list[float], exact: list[float], seed: int) -> dict[str, float | None]:
-    """The score as a share of the exact mode's, item by item; None where that is zero or not asked for."""
+    """The score as a share of the exact mode's, item by item; None where that is zero, lower is better, or it was
+    not asked for."""
     if not exact or not np.mean(exact):
         return dict.fromkeys(("retention", "retention_low", "retention_high"))
     both = (np.asarray(scores), np.asarray(exact))
