@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import queue
 import socket
 import threading
 import time
+from argparse import Namespace
 
 import mlx_lm.server
 import pytest
@@ -215,6 +218,29 @@ def test_a_client_that_goes_away_ends_its_request(demo_pair):
     finally:
         generator.stop_and_join()
         here.close()
+
+
+def test_health_tells_of_failures_that_go_on(demo_pair, monkeypatch):
+    """One failure is a request's; three without an answer between them are the server's, until it answers again."""
+
+    def broken(self):
+        with contextlib.suppress(queue.Empty):
+            self.requests.get(timeout=0.05)
+            raise MemoryError("no memory")
+
+    monkeypatch.setattr(PairGenerator, "_generate", broken)
+    served = [ServedPair("pair", *demo_pair)]
+    generator = PairGenerator(PairProvider(served, ServerSettings()), PairPromptCache(4))
+    request = Namespace(check_client=lambda: None, ttft=None, started=0.0)
+    try:
+        for healthy in (True, True, False):
+            answers = queue.Queue()
+            generator.requests.put((answers,))
+            assert isinstance(answers.get(timeout=30), MemoryError) and generator.is_healthy is healthy
+        assert list(generator._timed(request, iter("x"))) == ["x"] and generator.is_healthy
+    finally:
+        generator.stop_and_join()
+    assert not generator.is_healthy
 
 
 def test_bodies_in_chunks(served):

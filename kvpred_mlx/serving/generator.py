@@ -23,6 +23,7 @@ from kvpred_mlx.serving.settings import ServerSettings
 from kvpred_mlx.serving.stops import stopped
 
 logger = logging.getLogger(__name__)
+TOO_MANY_FAILURES = 3
 
 
 class PairProvider(ModelProvider):
@@ -91,8 +92,14 @@ class PairGenerator(ResponseGenerator):
     requests: _Requests
 
     def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache):
+        self._failures = 0  # one after the other; before the thread that counts them
         super().__init__(provider, prompt_cache)
         self.requests = _Requests()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests can expect an answer: what fails again and again is no longer the requests' fault."""
+        return super().is_healthy and self._failures < TOO_MANY_FAILURES
 
     def generate(
         self,
@@ -110,7 +117,7 @@ class PairGenerator(ResponseGenerator):
                 progress_callback(done, total)
 
         ctx, responses = super().generate(request, generation_args, progress)
-        return ctx, stopped(_timed(request, responses), stops)
+        return ctx, stopped(self._timed(request, responses), stops)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: GenerationArguments) -> Any:
         bos = tokenizer.bos_token
@@ -130,9 +137,18 @@ class PairGenerator(ResponseGenerator):
             try:
                 self._generate()
             except Exception as error:
+                self._failures += 1
                 logger.exception("generation failed")
                 self.requests.fail(error)
                 mend_random_state()
+
+    def _timed(self, request: Any, responses: Iterator[Any]) -> Iterator[Any]:
+        for response in responses:
+            request.check_client()
+            self._failures = 0
+            if request.ttft is None:
+                request.ttft = time.perf_counter() - request.started
+            yield response
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         super()._serve_single(request, stream)
@@ -153,11 +169,3 @@ class _Requests(Queue[tuple[Any, ...]]):
     def fail(self, error: Exception) -> None:
         for answers in list(self._waiting):
             answers.put(error)
-
-
-def _timed(request: Any, responses: Iterator[Any]) -> Iterator[Any]:
-    for response in responses:
-        request.check_client()
-        if request.ttft is None:
-            request.ttft = time.perf_counter() - request.started
-        yield response
