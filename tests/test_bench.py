@@ -244,12 +244,13 @@ def test_preset_that_does_not_fit(monkeypatch):
 def test_command(run, tmp_path):
     out = tmp_path / "out"
     code, stdout, err = run(
-        "bench", "--prompt-lens", "40,48", "--prompt-lens", "40", "--trials", 2, "-m", 2, "--output-dir", out
-    )
+        "bench", "--prompt-lens", "40,48", "--prompt-lens", "40", "--trials", 2, "-m", 2, "--output-dir", out,
+    )  # fmt: skip
     assert code == 0 and "how many times sooner" in stdout and "parts of a predicted TTFT" in stdout
     assert f"results: {out}" in err
     made = files.read(out / "results.json")
     assert [s["prompt_tokens"] for s in made["shapes"]] == [40, 48] and made["pair"]["name"] == "pycode"
+    assert made["pair"]["mode"] == "predicted"
     assert made["command"][:2] == ["kvpred-mlx", "bench"]
     code, stdout, err = run("bench", "--compare", out / "results.json", out / "results.json")
     assert code == 0 and "B / A" in stdout and "1.00 (" in stdout
@@ -260,9 +261,11 @@ def test_command(run, tmp_path):
 def test_json_and_given_prompt(run, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("def f(x):\n    return x\n" * 50)
-    options = ["--trials", 1, "-m", 1, "--json", "--no-plot", "--prompt-file", text]
+    options = ["--trials", 1, "-m", 1, "--json", "--no-plot", "--prompt-file", text, "--exact-last", 8]
     code, stdout, _ = run("bench", "--prompt-lens", "40", *options, "--output-dir", tmp_path / "out")
-    assert code == 0 and json.loads(stdout)["settings"]["prompt"] == "given"
+    made = json.loads(stdout)
+    assert code == 0 and made["settings"]["prompt"] == "given" and made["pair"]["mode"] == "exact-last=8"
+    assert report.tables(made).renderables[0].title.endswith("exact-last=8: time to first token")
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
 
 

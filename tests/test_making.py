@@ -164,8 +164,11 @@ def test_quality_of_the_demo_pair(models, run):
         "--windows",
         2,
         "--all-documents",
+        "--exact-last",
+        4,
     )
     assert code == 0 and "predicted" in out and "explained variance of keys" in out
+    assert "read with exact-last=4" in " ".join(out.split())
 
 
 def test_bad_usage_is_one_line(models, tmp_path, run):

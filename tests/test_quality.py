@@ -15,6 +15,7 @@ from kvpred_mlx import KVPredictionModel
 from kvpred_mlx.bench.front.recall import KINDS, RecallTask
 from kvpred_mlx.making import data
 from kvpred_mlx.making.card import CardFacts, card_text
+from kvpred_mlx.making.estimates import Estimate, Resampling
 from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.quality import METRICS, measure, modes_of
 from kvpred_mlx.making.settings import FitSettings
@@ -85,6 +86,14 @@ def test_a_perfect_pair_has_perfect_figures():
     predicted = quality.modes["predicted"]
     assert predicted["agreement"].mean == 1 and predicted["retention"].mean == pytest.approx(1, abs=1e-3)
     assert min(quality.explained_variance["keys"] + quality.explained_variance["values"]) > 0.999
+
+
+def test_one_document_has_an_interval_too():
+    """Of its windows: drawn as a whole it would be the same each time."""
+    values = np.array([0.1, 0.5, 0.9, 0.2])
+    alone = Estimate.of(Resampling(np.zeros(4, int), seed=0).means(values))
+    apart = Estimate.of(Resampling(np.arange(4), seed=0).means(values))
+    assert alone == apart and alone.low < alone.mean < alone.high
 
 
 def test_other_modes_can_be_measured(figures):

@@ -164,6 +164,38 @@ def test_other_settings_do_not_resume(tmp_path):
         joint_trainer(make_pair(), data(23), SETTINGS, state_folder=tmp_path)
 
 
+@pytest.mark.parametrize("file", ["config.json", "trainable.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_damaged_state_is_named_and_the_older_one_used(tmp_path, capsys, file, damage):
+    settings = dataclasses.replace(SETTINGS, save_every=2)
+    joint_trainer(make_pair(), data(), settings, state_folder=tmp_path).run(until=4)
+    latest = saved_states(tmp_path)[-1]
+    place = latest / file
+    if damage == "cut":
+        place.write_bytes(place.read_bytes()[: place.stat().st_size // 2])
+    elif damage == "gone":
+        place.unlink()
+    elif file == "config.json":
+        place.write_text("[]")
+    else:
+        mx.save_safetensors(str(place), {"other": mx.zeros(3)})
+    if (file, damage) == ("optimizer.safetensors", "other"):
+        return  # whole, and of any shape: mlx's optimizer begins anew with what it lacks
+    resumed, straight = make_pair(), make_pair()
+    trainer = joint_trainer(resumed, data(), settings, state_folder=tmp_path)
+    assert trainer.step == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"{latest}: damaged (")
+    assert latest.with_name("damaged-step-00000004").is_dir()
+    trainer.run()
+    joint_trainer(straight, data(), settings).run()
+    assert same(weights(straight), weights(resumed))
+    for state in saved_states(tmp_path):
+        (state / file).write_bytes(b"")
+    with pytest.raises(ValueError, match="every saved state is damaged"):
+        joint_trainer(make_pair(), data(), settings, state_folder=tmp_path)
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves(tmp_path):
     pair = make_pair()

@@ -9,6 +9,7 @@ import mlx.core as mx
 from kvpred_mlx.pair.description import weight_bytes
 from kvpred_mlx.pair.loading import quantization_config
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
 
 
 def describe_pair(pair: KVPredictionModel, name: str) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def describe_pair(pair: KVPredictionModel, name: str) -> dict[str, Any]:
         **({"quantization": None} | quantization_config(pair)),
         "min_prompt_tokens": pair.min_prompt_tokens,
         "exact_positions": pair.exact_positions.as_dict() if pair.exact_positions else None,
+        "mode": str(Mode.of(pair)),
     }
 
 

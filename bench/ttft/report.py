@@ -81,7 +81,9 @@ def compare(a: Results, b: Results) -> Table:
 
 
 def _times(results: Results) -> Table:
-    title = f"{results['pair']['name']}, {results['pair']['dtype']}: time to first token"
+    mode = results["pair"].get("mode", "predicted")  # since 0.1.0's first results
+    dial = "" if mode == "predicted" else f", {mode}"
+    title = f"{results['pair']['name']}, {results['pair']['dtype']}{dial}: time to first token"
     columns = (
         "tokens",
         "batch",

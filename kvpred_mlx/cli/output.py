@@ -72,8 +72,8 @@ class Output:
         return CardFacts(self.upload_repo or self.mlx_path.name, *made.names, made.made)
 
 
-def show_figures(figures: list[Quality]) -> None:
-    """Tables on the terminal, 80 columns wide."""
+def show_figures(figures: list[Quality], mode: str = "predicted") -> None:
+    """Tables on the terminal, 80 columns wide; `mode` is how the pair reads prompts."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +84,7 @@ def show_figures(figures: list[Quality]) -> None:
     for quality in figures:
         table = Table(
             title=f"prompt {quality.prompt_tokens} tokens, {quality.score_tokens} scored, {quality.windows} windows of "
-            f"{quality.documents} held-out documents",
+            f"{quality.documents} held-out documents" + ("" if mode == "predicted" else f", read with {mode}"),
             caption="means over documents, 95 % bootstrap intervals",
             box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False,
         )  # fmt: skip

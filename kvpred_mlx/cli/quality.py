@@ -44,6 +44,7 @@ def quality(
     from kvpred_mlx.making.data import encode
     from kvpred_mlx.making.quality import measure
     from kvpred_mlx.making.windows import cut_windows
+    from kvpred_mlx.pair.modes import Mode
 
     model, given_dial = one_pair(model, pair), dial(exact_first, exact_last, exact_top, depth)
     lengths = numbers("--prompt-lens", prompt_lens or [], 2) + numbers(
@@ -64,4 +65,4 @@ def quality(
     if as_json:
         print(json.dumps([dataclasses.asdict(q) for q in figures]))
     else:
-        show_figures(figures)
+        show_figures(figures, str(Mode.of(opened.pair)))

@@ -27,6 +27,7 @@ class Resampling:
     """The documents of a sample, drawn again with replacement `RESAMPLES` times.
 
     All values are averaged over the same draws, so that differences and ratios of their means have intervals too.
+    Windows of one document alone are drawn as if each were of its own.
 
     Args:
         documents: `[W]`, which document each window is from.
@@ -35,6 +36,8 @@ class Resampling:
 
     def __init__(self, documents: np.ndarray, seed: int):
         names, self._group = np.unique(documents, return_inverse=True)
+        if len(names) == 1:
+            names = self._group = np.arange(len(documents))
         n = len(names)
         drawn = np.random.default_rng(seed).multinomial(n, [1 / n] * n, RESAMPLES)
         self._draws = np.vstack([np.ones(n, int), drawn])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from kvpred_mlx.errors import one_line
 from kvpred_mlx.files import new_directory
 
 KEPT_STATES = 2
@@ -41,15 +43,43 @@ def save_state(
 def resume(folder: Path, model: nn.Module, optimizer: Optimizer, identity: dict[str, Any]) -> int:
     """Take up the latest state, if there is one; returns the steps that are done.
 
+    A damaged state is named on standard error, and the one before it taken up.
+
     Raises:
-        ValueError: the state has another identity.
+        ValueError: the state has another identity, or all states are damaged.
     """
-    states = saved_states(folder)
-    if not states:
-        return 0
-    facts = json.loads((states[-1] / "config.json").read_text())
-    then = dict(tree_flatten({k: v for k, v in facts.items() if k != "step"}))
-    now = dict(tree_flatten(identity))
+    states, damaged = saved_states(folder), list[Path]()
+    for state in reversed(states):
+        try:
+            facts = json.loads((state / "config.json").read_text())
+            step = int(facts.pop("step"))
+            _check_same(state, facts, identity)
+            weights = _read(state / "trainable.safetensors")
+            if _shapes(weights) != _shapes(_flat(model.trainable_parameters())):
+                raise _DamagedError("trainable.safetensors holds other weights")
+            optimized = _read(state / "optimizer.safetensors")
+        except (OSError, _DamagedError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            print(f"{state}: damaged ({one_line(error)}), the state before it is tried", file=sys.stderr)
+            damaged.append(state)
+            continue
+        for other in damaged:  # out of the way of the state that will be saved there, and not lost
+            other.rename(other.with_name(f"damaged-{other.name}"))
+        model.update(_nested(weights))
+        optimizer.state = _nested(optimized)
+        optimizer.init(model.trainable_parameters())
+        mx.eval(model.parameters(), optimizer.state)
+        return step
+    if states:
+        raise ValueError(f"{folder}: every saved state is damaged, remove it to start anew")
+    return 0
+
+
+class _DamagedError(Exception):
+    """What is on disk is not what was saved."""
+
+
+def _check_same(state: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:
+    then, now = dict(tree_flatten(facts)), dict(tree_flatten(identity))
     differ = [
         f"{k.rpartition('.')[2]} {then.get(k)!r}, now {now.get(k)!r}"
         for k in then | now
@@ -57,13 +87,22 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer, identity: dict[
     ]
     if differ:
         raise ValueError(
-            f"{states[-1]} was trained with {'; '.join(differ)}: give the same, or remove it to start anew"
+            f"{state} was trained with {'; '.join(differ)}: give the same, or remove it to start anew"
         )
-    model.update(_nested(mx.load(str(states[-1] / "trainable.safetensors"))))
-    optimizer.state = _nested(mx.load(str(states[-1] / "optimizer.safetensors")))
-    optimizer.init(model.trainable_parameters())
-    mx.eval(model.parameters(), optimizer.state)
-    return int(facts["step"])
+
+
+def _read(path: Path) -> dict[str, mx.array]:
+    """Arrays by name, all of them from disk: a file that ends early is found out now."""
+    try:
+        arrays: Any = mx.load(str(path))
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise _DamagedError(f"{path.name}: {one_line(error)}") from error
+    return arrays
+
+
+def _shapes(arrays: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _flat(tree: Any) -> dict[str, mx.array]:
