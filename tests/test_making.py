@@ -439,6 +439,31 @@ def test_train_as_used(models, tmp_path, run, reads):
     assert (out / "config.json").exists() and not out.with_name("fresh.recording").exists()
 
 
+@pytest.mark.parametrize("how", [["--as-used", "--windows", 4], []])
+def test_train_on_quantized_maps(models, tmp_path, run, how):
+    """As shared pairs have them: in full precision, if that is asked for."""
+    fitted, out = tmp_path / "fitted", tmp_path / "trained"
+    assert run(*first_layers_arguments(models, fitted, "--q-bits", 4, "--q-group-size", 32))[0] == 0
+    command = [
+        "train",
+        "--model",
+        fitted,
+        "--data",
+        models / "text.txt",
+        "--mlx-path",
+        out,
+        "--max-seq-length",
+        96,
+    ]
+    command += [*how, "--iters", 1, "--batch-size", 2, "--warmup", 0]
+    fails(run(*command), 1, "the predictor is quantized", "--dequantize")
+    code, _, err = run(*command, "--dequantize", "--restart")
+    assert code == 0, err
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization" not in config and load(out)[0].predictor.depths == (2,)
+    assert not any("scales" in name for name in mx.load(str(out / "model.safetensors")))
+
+
 class Templated:
     """A tokenizer with a chat template, as far as reading conversations needs one."""
 

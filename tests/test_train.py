@@ -106,7 +106,8 @@ def test_quantized_parts():
     pair = make_pair("llama", "llama")
     nn.quantize(pair.auxiliary, 32, 8)
     with pytest.raises(
-        ValueError, match="the auxiliary is quantized, expected float weights to train, or --freeze"
+        ValueError,
+        match="the auxiliary is quantized, expected float weights to train: --dequantize, or --freeze",
     ):
         joint_trainer(pair, data(), SETTINGS)
     nn.quantize(pair.base, 32, 4)

@@ -216,6 +216,17 @@ def dequantize(pair: KVPredictionModel) -> None:
     mx.eval(pair.parameters())
 
 
+def dequantize_trained(pair: KVPredictionModel) -> None:
+    """Give what is trained of a pair in full precision; the base stays as it is."""
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model
+
+    for module in (pair.predictor, pair.auxiliary):
+        if module is not None:
+            dequantize_model(module)
+            mx.eval(module.parameters())
+
+
 def names_of(data: list[Path]) -> str:
     """What messages call the text."""
     return ", ".join(map(str, data)) or "mlx-lm's calibration text"

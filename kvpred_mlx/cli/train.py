@@ -73,6 +73,9 @@ def train(
             help="Train the predictor alone as a cache is used: prompt predicted, answer exact, on recorded windows.",
         ),
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Train a quantized pair's weights in full precision.")
+    ] = False,
     record: o.RecordFolder = None,
     windows: Annotated[
         int,
@@ -128,6 +131,8 @@ def train(
     )  # fmt: skip
     check_paths(data or [])
     begun, training, held_out = _begin(model, models, data or [], text_key, max_seq_length, fit)
+    if dequantize:
+        making.dequantize_trained(begun.pair)
     with restored_types(begun.pair):
         if as_used:
             folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")

@@ -142,7 +142,7 @@ def as_used_trainer(
         ValueError: the predictor is quantized, or the recording lacks what it reads.
     """
     if quantization_config(pair.predictor):
-        raise ValueError("the predictor is quantized, expected float weights to train")
+        raise ValueError("the predictor is quantized, expected float weights to train: --dequantize")
     needed = Layout.of(pair)
     if list(map(tuple, recording.layout.kv)) != list(needed.kv):
         raise ValueError(

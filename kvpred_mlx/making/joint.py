@@ -52,7 +52,9 @@ def joint_trainer(
     quantized = [name for name, module in trained.items() if quantization_config(module)]
     if quantized:
         hint = ", or --freeze-auxiliary" if quantized == ["auxiliary"] else ""
-        raise ValueError(f"the {' and '.join(quantized)} is quantized, expected float weights to train{hint}")
+        raise ValueError(
+            f"the {' and '.join(quantized)} is quantized, expected float weights to train: --dequantize{hint}"
+        )
     pair.freeze()
     for module in trained.values():
         module.unfreeze()
