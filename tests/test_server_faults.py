@@ -17,6 +17,7 @@ from processes import command, serving
 from test_server import NAME, PROMPT, TEMPLATE
 
 from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.serving import generator as generator_module
 from kvpred_mlx.serving.generator import PairGenerator, PairPromptCache, PairProvider
 from kvpred_mlx.serving.handler import PairHandler
 from kvpred_mlx.serving.served import ServedPair
@@ -237,6 +238,10 @@ def test_health_tells_of_failures_that_go_on(demo_pair, monkeypatch):
             answers = queue.Queue()
             generator.requests.put((answers,))
             assert isinstance(answers.get(timeout=30), MemoryError) and generator.is_healthy is healthy
+        monkeypatch.setattr(generator_module, "PATIENCE_SECONDS", 0.0)
+        assert generator.is_healthy
+        monkeypatch.undo()
+        assert not generator.is_healthy
         assert list(generator._timed(request, iter("x"))) == ["x"] and generator.is_healthy
     finally:
         generator.stop_and_join()

@@ -24,7 +24,7 @@ def table(results: Results) -> Table:
     )
     for name in ("", "items", "score", "kept", "GFLOPs", "s"):
         made.add_column(name, justify="right" if name else "left", no_wrap=True)
-    before = None
+    before, shares = None, _shares(results["rows"])
     for row in results["rows"]:
         what = f"{row['task']} {row['metric']}"
         if before != what:
@@ -34,7 +34,7 @@ def table(results: Results) -> Table:
         made.add_row(
             f"  {row['mode']}",
             str(row["items"]),
-            (_percent if _is_share(row) else _number)(row, "score", "low", "high"),
+            (_percent if what in shares else _number)(row, "score", "low", "high"),
             _percent(row, "retention", "retention_low", "retention_high", most=1.0),
             "" if row["ttft_flops"] is None else f"{row['ttft_flops'] / 1e9:.3g}",
             "" if row["ttft"] is None else f"{row['ttft']:.3f}",
@@ -54,6 +54,7 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels: dict[str, list[dict[str, Any]]] = {}
+    shares = _shares(results["rows"])
     for row in results["rows"]:
         if row["ttft_flops"] is not None:
             panels.setdefault(f"{row['task']} {row['metric']}", []).append(row)
@@ -61,7 +62,7 @@ def draw(results: Results, path: Path) -> None:
     all_axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=False):
         for row in rows:
-            unit = 100 if _is_share(row) else 1
+            unit = 100 if title in shares else 1
             x, y = row["ttft_flops"] / 1e9, unit * row["score"]
             ends = (
                 [[abs(y - unit * row["low"])], [abs(unit * row["high"] - y)]]
@@ -72,7 +73,7 @@ def draw(results: Results, path: Path) -> None:
         axes.set(
             title=title,
             xlabel="GFLOPs until the first token",
-            ylabel="score, %" if _is_share(rows[0]) else "score",
+            ylabel="score, %" if title in shares else "score",
             xscale="log",
             ylim=(0, None),
         )
@@ -82,9 +83,15 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def _is_share(row: dict[str, Any]) -> bool:
-    """Whether a score can be told in percent: not a perplexity, and not one that is told in percent already."""
-    return bool(row.get("higher_is_better", True)) and 0 <= row["score"] <= 1
+def _shares(rows: list[dict[str, Any]]) -> set[str]:
+    """Tasks and metrics that are told in percent: no perplexities, and none that are in percent already."""
+    told = {f"{row['task']} {row['metric']}" for row in rows}
+    plain = {
+        f"{row['task']} {row['metric']}"
+        for row in rows
+        if not row.get("higher_is_better", True) or not 0 <= row["score"] <= 1
+    }
+    return told - plain
 
 
 def _percent(row: dict[str, Any], *names: str, most: float = np.inf) -> str:

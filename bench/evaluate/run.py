@@ -150,6 +150,8 @@ class Evaluation:
                 with self._model(mode) as model:
                     for n, answered in enumerate(self._items(model, task, left), 1):
                         scored.append(pool.submit(score, mode, *answered))
+                        for future in filter(Future.done, scored):
+                            future.result()  # a full disk, say, is told now
                         progress(done + n, total)
         for future in scored:
             future.result()

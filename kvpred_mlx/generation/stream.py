@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from kvpred_mlx.errors import one_line
 from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
 from kvpred_mlx.generation.draft import AuxiliaryDraft
 from kvpred_mlx.generation.repair import BUDGET, RepairingModel, RepairStatus
@@ -199,21 +201,36 @@ def footer(response: GenerationResponse) -> str:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """A raw prompt's tokens; as in mlx-lm's `stream_generate`, one that begins with a BOS gets no second."""
+    """A raw prompt's tokens; as in mlx-lm's `stream_generate`, one that begins with a BOS gets no second.
+
+    Raises:
+        ValueError: it has half of a surrogate pair, which no tokenizer takes.
+    """
     wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt's character {error.start} is half of a surrogate pair, expected text"
+        ) from error
     ids: list[int] = wrapped.encode(text)
     return ids[1:] if ids[:2] == [wrapped.bos_token_id] * 2 else ids
 
 
 def _token_ids(model: nn.Module, tokenizer: Any, prompt: str | mx.array | list[int]) -> mx.array:
-    if isinstance(prompt, str):
-        ids = mx.array(encode(tokenizer, prompt), dtype=mx.int32)
-    else:
-        ids = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.int32)
-    if ids.size == 0:
+    if isinstance(prompt, mx.array) and (prompt.ndim != 1 or not mx.issubdtype(prompt.dtype, mx.integer)):
+        raise ValueError(f"the prompt is an array {prompt.shape} of {prompt.dtype}, expected token ids [n]")
+    try:
+        ids = encode(tokenizer, prompt) if isinstance(prompt, str) else [*map(index, _listed(prompt))]
+    except TypeError as error:
+        raise ValueError(f"the prompt is not text nor token ids: {one_line(error)}") from error
+    if not ids:
         raise ValueError("the prompt is empty, expected at least one token")
     size = getattr(model, "vocab_size", None)
-    low, high = int(ids.min()), int(ids.max())
-    if size is not None and (low < 0 or high >= size):
-        raise ValueError(f"the prompt has token ids {low} to {high}, expected 0 to {size - 1}")
-    return ids
+    if size is not None and (min(ids) < 0 or max(ids) >= size):
+        raise ValueError(f"the prompt has token ids {min(ids)} to {max(ids)}, expected 0 to {size - 1}")
+    return mx.array(ids, mx.int32)
+
+
+def _listed(prompt: mx.array | list[int]) -> Any:
+    return prompt.tolist() if isinstance(prompt, mx.array) else prompt

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -51,19 +53,19 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer, identity: dict[
     states, damaged = saved_states(folder), list[Path]()
     for state in reversed(states):
         try:
-            facts = json.loads((state / "config.json").read_text())
-            step = int(facts.pop("step"))
+            facts, step = _facts(state / "config.json")
             _check_same(state, facts, identity)
             weights = _read(state / "trainable.safetensors")
             if _shapes(weights) != _shapes(_flat(model.trainable_parameters())):
                 raise _DamagedError("trainable.safetensors holds other weights")
             optimized = _read(state / "optimizer.safetensors")
-        except (OSError, _DamagedError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, _DamagedError) as error:
             print(f"{state}: damaged ({one_line(error)}), the state before it is tried", file=sys.stderr)
             damaged.append(state)
             continue
         for other in damaged:  # out of the way of the state that will be saved there, and not lost
-            other.rename(other.with_name(f"damaged-{other.name}"))
+            with contextlib.suppress(FileNotFoundError):  # another process of this training was sooner
+                other.rename(other.with_name(f"damaged-{other.name}.{secrets.token_hex(4)}"))
         model.update(_nested(weights))
         optimizer.state = _nested(optimized)
         optimizer.init(model.trainable_parameters())
@@ -76,6 +78,15 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer, identity: dict[
 
 class _DamagedError(Exception):
     """What is on disk is not what was saved."""
+
+
+def _facts(path: Path) -> tuple[dict[str, Any], int]:
+    """What a state says of itself, and its step."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts, int(facts.pop("step"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _DamagedError(f"{path.name}: {one_line(error)}") from error
 
 
 def _check_same(state: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -163,7 +163,9 @@ def load_single(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise ValueError(f"{path}: it is a pair already, expected a single model")
     try:
         return mlx_lm.utils.load_model(path, lazy=True)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # mlx-lm's models look at no entry of a config before they use it
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 

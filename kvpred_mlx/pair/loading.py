@@ -84,11 +84,11 @@ def load_model(
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {one_line(error)}") from error
-    except UnsupportedModelError:
+    except (UnsupportedModelError, OSError):
         raise
     except RuntimeError as error:  # mlx: a file that cannot be read, or ends early
         raise ValueError(f"{path}: damaged weights: {one_line(error)}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # mlx-lm's models look at no entry of a config before they use it
         raise ValueError(f"{path}: {one_line(error)}") from error
     return cast(KVPredictionModel, model)
 

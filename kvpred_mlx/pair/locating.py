@@ -13,7 +13,9 @@ from kvpred_mlx.errors import one_line
 
 DEMO_PAIR = Path(__file__).parents[1] / "pycode"
 LINKED_PAIRS = Path(__file__).parents[1] / "pairs"  # predictors of models that the hub has
-BUNDLED = {path.name: path for path in (DEMO_PAIR, *sorted(LINKED_PAIRS.iterdir()))}
+BUNDLED = {
+    path.name: path for path in (DEMO_PAIR, *(c.parent for c in sorted(LINKED_PAIRS.glob("*/config.json"))))
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -24,6 +24,7 @@ from kvpred_mlx.serving.stops import stopped
 
 logger = logging.getLogger(__name__)
 TOO_MANY_FAILURES = 3
+PATIENCE_SECONDS = 60.0
 
 
 class PairProvider(ModelProvider):
@@ -92,14 +93,20 @@ class PairGenerator(ResponseGenerator):
     requests: _Requests
 
     def __init__(self, provider: PairProvider, prompt_cache: PairPromptCache):
-        self._failures = 0  # one after the other; before the thread that counts them
+        self._failures, self._failed_at = 0, 0.0  # one after the other; before the thread that counts them
         super().__init__(provider, prompt_cache)
         self.requests = _Requests()
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests can expect an answer: what fails again and again is no longer the requests' fault."""
-        return super().is_healthy and self._failures < TOO_MANY_FAILURES
+        """Whether requests can expect an answer: what fails again and again is no longer the requests' fault.
+
+        After a while without any it is worth another try, or nobody who asks here first would ever send one.
+        """
+        failing = (
+            self._failures >= TOO_MANY_FAILURES and time.monotonic() - self._failed_at < PATIENCE_SECONDS
+        )
+        return super().is_healthy and not failing
 
     def generate(
         self,
@@ -137,7 +144,7 @@ class PairGenerator(ResponseGenerator):
             try:
                 self._generate()
             except Exception as error:
-                self._failures += 1
+                self._failures, self._failed_at = self._failures + 1, time.monotonic()
                 logger.exception("generation failed")
                 self.requests.fail(error)
                 mend_random_state()
