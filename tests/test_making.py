@@ -433,6 +433,9 @@ def test_train_as_used(models, tmp_path, run, reads):
                if not mx.array_equal(a, dict(tree_flatten(before.predictor.parameters()))[n])]  # fmt: skip
     assert changed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fitted", "trained", "trained.recording"]
+    fails(
+        run(*command, "--windows", 0, "--record", tmp_path / "x", "--restart"), 2, "--record", "--windows 0"
+    )
     out = tmp_path / "fresh"
     code, _, err = run(*command, "--windows", 0, "--mlx-path", out)
     assert code == 0 and "divergence" in err, err

@@ -190,7 +190,7 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     command_line = [
         "--base", text / "base", "--data", text / "train", "--held-out", text / "held", "--folder", text / "out",
         reads, how, "--name", "tiny", "--links", "somebody/base,somebody/auxiliary", "--tokens", 4096,
-        "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", "2,1",
+        "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", 2, 1,
     ]  # fmt: skip
     code, _, err = run("recipe.real_pairs", *command_line)
     assert code == 0, err
@@ -209,6 +209,23 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     assert run("recipe.real_pairs", *command_line)[0] == 0
     for name, then in before.items():
         assert (text / "out" / name / "model.safetensors").stat().st_mtime_ns == then
+    fails(
+        run("recipe.real_pairs", *command_line, "--tokens", 8192),
+        1,
+        "real_pairs",
+        "tokens '4096', now '8192'",
+    )
+    fails(
+        run("recipe.real_pairs", *command_line, "--q-bits", 7),
+        2,
+        "real_pairs",
+        "--q-bits",
+        "expected one of 2, 3",
+    )
+    short = [*command_line[:5], text / "train" / "0.py", "--folder", text / "new", *command_line[8:]]
+    monkeypatch.setattr(real_pairs, "MEASURED", (96, 10**6))
+    fails(run("recipe.real_pairs", *short), 1, "real_pairs", "expected at least 1000064")
+    assert not (text / "new" / "fitted.safetensors").exists()
 
 
 def test_real_pairs_as_tables_and_a_picture(tmp_path, run):

@@ -9,8 +9,10 @@ the user has.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +32,7 @@ from kvpred_mlx.making.fit import fit, fit_first_layers
 from kvpred_mlx.making.fresh_windows import FreshWindows
 from kvpred_mlx.making.joint import restored_types
 from kvpred_mlx.making.pairing import LoadedModel, check_same_tokenizer, join, join_first_layers, load_part
-from kvpred_mlx.making.quality import Quality, measure
+from kvpred_mlx.making.quality import measure
 from kvpred_mlx.making.recording import Recording, record
 from kvpred_mlx.making.reports import Report
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
@@ -44,6 +46,7 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 PROMPT, SCORED = 448, 64  # tokens of a window to train on
 MEASURED = (448, 1984)  # tokens of a prompt, on the card
 WINDOWS_OF_A_DOCUMENT = 64
+BITS = (2, 3, 4, 5, 6, 8)
 Maps = Predictor | FirstLayersPredictor
 
 
@@ -62,19 +65,28 @@ def main(
     ] = "",
     tokens: Annotated[int, typer.Option(min=1024, help="Of the closed form.")] = 200_000,
     windows: Annotated[
-        int, typer.Option(min=0, help="To record and train on; 0: new ones every step.")
+        int, typer.Option(min=0, help="To record and train on; 0: all there are, recorded nowhere.")
     ] = 400,
     iters: Annotated[int, typer.Option(min=0, help="Training steps of each pair.")] = 400,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(min=0)] = 3e-4,
     q_bits: Annotated[int, typer.Option(help="Of the predictors.")] = 4,
-    measured: Annotated[str, typer.Option(help="Windows of the card's figures, at each length.")] = "24,6",
+    measured: Annotated[
+        tuple[int, int], typer.Option(help="Windows of the card's figures, of 448 tokens and of 1984.")
+    ] = (24, 6),
+    licence: Annotated[str | None, typer.Option(help="Of the pairs, for their cards.")] = None,
 ) -> None:
     """Make pairs of real models, text to card; run again, it goes on where it stopped."""
+    if q_bits not in BITS:
+        raise typer.BadParameter(
+            f"{q_bits}, expected one of {', '.join(map(str, BITS))}", param_hint="--q-bits"
+        )
+    chosen = numbers("--depths", [depths], 1)
+    check_same(folder, {k: v for k, v in locals().items() if k not in ("folder", "chosen")})
     recipe = RealPairs(load_part(base), folder, _named(links, 0), data)
+    held = recipe.held_out(held_out, measured)
     pairs: dict[str, Callable[[], KVPredictionModel]]
     if auxiliary is None:
-        chosen = numbers("--depths", [depths], 1)
         recipe.fit(chosen, tokens)
         pairs = {f"{name}-{depth}": partial(recipe.at, depth) for depth in chosen}
     else:
@@ -90,7 +102,28 @@ def main(
         pair = made()
         if iters:
             recipe.train(called, pair, settings, windows)
-        recipe.finish(called, pair, q_bits, held_out, numbers("--measured", [measured], 1))
+        done = f"trained as the cache is used in {iters} steps of {batch_size} windows, " if iters else ""
+        recipe.finish(called, pair, q_bits, held, f"{done}quantized to {q_bits} bits", licence)
+
+
+def check_same(folder: Path, given: dict[str, Any]) -> None:
+    """Note what a folder's results are made with, or make sure that it is the same.
+
+    Raises:
+        ValueError: they were made with something else, which is named.
+    """
+    now = {name: None if value is None else str(value) for name, value in given.items()}
+    place = folder / "recipe.json"
+    if place.exists():
+        then = json.loads(place.read_text(encoding="utf-8"))
+        differ = [f"{k} {then.get(k)!r}, now {v!r}" for k, v in now.items() if then.get(k) != v]
+        if differ:
+            raise ValueError(
+                f"{folder} was begun with {'; '.join(differ)}: give the same, or another --folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(place, lambda beside: beside.write_text(json.dumps(now, indent=1), encoding="utf-8"))
 
 
 class RealPairs:
@@ -172,8 +205,26 @@ class RealPairs:
             _write_weights(out, pair.predictor)
         pair.predictor.load_weights(str(out))
 
+    def held_out(self, text: Path, windows: Sequence[int]) -> list[Windows]:
+        """Windows of other text to measure on, for each of the lengths of `MEASURED`.
+
+        Raises:
+            ValueError: no document is long enough.
+        """
+        ids = encode(self.base.tokenizer, list(read_documents(text)))
+        return [
+            cut_windows(ids, tokens, SCORED, self.base.tokenizer, most, per_document=2)
+            for tokens, most in zip(MEASURED, windows, strict=True)
+        ]
+
     def finish(
-        self, name: str, pair: KVPredictionModel, bits: int, held_out: Path, windows: list[int]
+        self,
+        name: str,
+        pair: KVPredictionModel,
+        bits: int,
+        held: list[Windows],
+        how: str,
+        licence: str | None,
     ) -> None:
         """Quantize a pair's predictor, measure it, write the card; the pair is complete or not there."""
         out = self.folder / name
@@ -181,23 +232,21 @@ class RealPairs:
             return
         nn.quantize(pair.predictor, 64, bits)
         mx.eval(pair.predictor.parameters())
-        ids = encode(self.base.tokenizer, list(read_documents(held_out)))
-        figures: list[Quality] = []
-        for tokens, most in zip(MEASURED, windows, strict=True):
-            cut = cut_windows(ids, tokens, SCORED, self.base.tokenizer, most, per_document=2)
-            figures.append(measure(pair, cut, batch_size=max(1, 3584 // tokens), progress=_count))
+        figures = [
+            measure(pair, cut, batch_size=max(1, 3584 // cut.prompts.shape[1]), progress=_count)
+            for cut in held
+        ]
         read = (
             f"its first {pair.predictor.depths[0]} layers"
             if isinstance(pair.predictor, FirstLayersPredictor)
             else self._names[-1]
         )
         made = (
-            f"Maps from {read} to the keys and values of {self._names[0]}, fitted in closed form, trained as the "
-            f"cache is used, quantized to {bits} bits (docs/real-pairs.md of kvpred-mlx)."
+            f"Maps from {read} to the keys and values of {self._names[0]}, fitted in closed form, {how} "
+            "(docs/real-pairs.md of kvpred-mlx)."
         )
-        facts = CardFacts(
-            name, self._names[0], self._names[-1] if len(self._names) > 1 else None, [made], "apache-2.0"
-        )
+        second = self._names[1] if len(self._names) > 1 else None
+        facts = CardFacts(name, self._names[0], second, [made], licence)
         save(out, pair, extras=lambda directory: write_card(directory, facts, figures))
 
     def _recorded(self, windows: int) -> Recording:
@@ -214,10 +263,12 @@ class RealPairs:
         return PackedSequences.of([d.tolist() for d in self._documents], PROMPT + SCORED, end)
 
     def _windows(self, count: int | None = None) -> Windows:
-        """Windows of the text; with `count` as many documents as possible, in a random order."""
-        each = 1 if count is not None and count <= len(self._documents) else WINDOWS_OF_A_DOCUMENT
-        most = count or len(self._documents) * each
-        cut = cut_windows(self._documents, PROMPT, SCORED, most=most, per_document=each)
+        """Windows of the text in a random order; `count` of them, from as many documents as possible, or all."""
+        long = [d for d in self._documents if len(d) >= PROMPT + SCORED]
+        each = WINDOWS_OF_A_DOCUMENT if count is None else ceil(count / max(1, len(long)))
+        cut = cut_windows(
+            long or self._documents, PROMPT, SCORED, most=count or len(long) * each, per_document=each
+        )
         order = np.random.default_rng(0).permutation(len(cut))
         return Windows(*(getattr(cut, field.name)[order] for field in dataclasses.fields(Windows)))
 

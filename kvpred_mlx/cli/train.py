@@ -81,7 +81,7 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="With --as-used: windows to record; 0 records none, and every step has new ones (for a GPU).",
+            help="With --as-used: windows to record; 0: all of the text, and recorded nowhere (for a GPU).",
         ),
     ] = 400,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Do not compile the step.")] = False,
@@ -116,6 +116,8 @@ def train(
         raise typer.BadParameter(
             f"{weight_decay:g}, expected none with --optimizer muon", param_hint="--weight-decay"
         )
+    if record is not None and as_used and not windows:
+        raise typer.BadParameter("given with --windows 0, which records nothing", param_hint="--record")
     if learning_rate is None:
         learning_rate = LEARNING_RATES[optimizer]
     output = Output(mlx_path, overwrite, upload_repo)

@@ -1,7 +1,7 @@
 """Windows that are recorded when a step asks for them, and forgotten.
 
 A recording costs a disk 10 MB and more a window, and a computer without a GPU a second and more to make: there it is
-read many times.  Where a GPU reads prompts faster than a disk, every step can have windows that no step before had.
+read many times.  Where a GPU reads prompts faster than a disk, training can use all of the text instead.
 """
 
 from __future__ import annotations
