@@ -32,14 +32,19 @@ def read(path: Path) -> dict[str, Any]:
 def quality_markdown(results: dict[str, Any]) -> str:
     """Retention, agreement, first token and recall by depth and predictor."""
     heads = ["layers", "predictor", "FLOPs to the first token", "retention at 448 (95 %)", "at 1,984 (95 %)"]
-    heads += ["agreement at 448 (95 %)", "at 1,984 (95 %)", "first token at 448", "recall at 448, 1,984"]
+    heads += [
+        "agreement at 448 (95 %)",
+        "at 1,984 (95 %)",
+        "first token at 448, 1,984",
+        "recall at 448, 1,984",
+    ]
     exact = [f"{results['recall_exact'][str(n)]['all']['mean']:.2f}" for n in LENGTHS]
     rows = [["28", "exact", "1", "1", "1", "1", "1", "1", ", ".join(exact)]]
     for row in sorted(results["quality"], key=lambda r: r["layers"]):
         held = [row[f"held-{n}"] for n in LENGTHS]
         figures = [_interval(h[metric]) for metric in ("retention", "agreement") for h in held]
         recall = ", ".join(f"{row[f'recall-{n}']['all']['mean']:.2f}" for n in LENGTHS)
-        first = f"{held[0]['first_token_agreement']['mean']:.2f}"
+        first = ", ".join(f"{h['first_token_agreement']['mean']:.2f}" for h in held)
         share = f"{_share(results, row['layers']):.2f}"
         rows.append([str(row["layers"]), row["predictor"], share, *figures, first, recall])
     return _table(heads, rows)
