@@ -218,11 +218,23 @@ class Sums:
 
 
 def moments_of(x: mx.array, y: mx.array, weights: mx.array | None) -> Moments:
-    """Of samples `x` [T, a] and `y` [T, b], in float32 on the device; `weights` [T] instead of 1 each."""
-    wx, wy = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
-    sums = [wx.sum(0), wy.sum(0), wx.T @ x, wx.T @ y, (wy * y).sum(0)]
+    """Of samples `x` [T, a] and `y` [T, b], on the device in float32; `weights` [T] instead of 1 each.
+
+    Products are those of deviations from means near their own, which are then put back in double precision: features
+    and targets may be far larger than they vary.
+    """
+    w = mx.ones(len(x)) if weights is None else weights
+    n = w.sum()
+    mean_x, mean_y = w @ x / n, w @ y / n
+    x, y = x - mean_x, y - mean_y
+    wx, wy = x * w[:, None], y * w[:, None]
+    sums = [n, mean_x, mean_y, wx.sum(0), wy.sum(0), wx.T @ x, wx.T @ y, (wy * y).sum(0)]
     mx.eval(sums)
-    return Moments(len(x) if weights is None else weights.sum().item(), *map(np.array, sums))  # type: ignore[arg-type]
+    total, m_x, m_y, d_x, d_y, xx, xy, yy = (np.array(array).astype(np.float64) for array in sums)
+    xx += np.outer(m_x, d_x) + np.outer(d_x, m_x) + total * np.outer(m_x, m_x)
+    xy += np.outer(m_x, d_y) + np.outer(d_x, m_y) + total * np.outer(m_x, m_y)
+    yy += 2 * m_y * d_y + total * m_y**2
+    return Moments(float(total), d_x + total * m_x, d_y + total * m_y, xx, xy, yy)
 
 
 def _rows(array: mx.array) -> mx.array:
