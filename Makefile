@@ -18,7 +18,7 @@ BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pair real-pairs test test-fast lint newest bench readme convert openblas clean
+.PHONY: help setup demo demo-pair real-pairs test test-fast fuzz lint newest bench readme convert openblas clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,9 @@ test: setup $(DEV) lint  ## lint, types and tests
 
 test-fast: setup $(DEV)  ## the tests that are not marked slow, without lint
 	$(BIN)/python -m pytest -q -m "not slow" tests
+
+fuzz: setup $(DEV)  ## odd requests, files and prompts, far more than `make test` tries [EXAMPLES=1500]
+	KVPRED_MLX_FUZZ_EXAMPLES=$(or $(EXAMPLES),1500) $(BIN)/python -m pytest -q tests/fuzz
 
 lint: setup $(DEV)  ## rules, format, types, direction of imports, workflow files
 	$(BIN)/ruff check .

@@ -10,11 +10,12 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import yaml
 
+T = TypeVar("T")
 PREDICTOR = "predicter.auxkv_to_basekv."  # CoreNet's spelling
 
 
@@ -51,18 +52,18 @@ def read_yaml(path: Path) -> TrainingConfig:
     models = _get(content, "model", "language_modeling")
     if not isinstance(models, dict):
         raise ValueError(f"{path}: no model.language_modeling section, expected a CoreNet training YAML")
-    pair, gpt = models.get("kv_prediction") or {}, models.get("general_gpt") or {}
-    layer_map = pair.get("auxkv_num_layers_to_basekv_num_layers")
-    if layer_map is not None and not (isinstance(layer_map, list) and all(type(m) is int for m in layer_map)):
+    pair, gpt = (_entry(path, models, name, dict) or {} for name in ("kv_prediction", "general_gpt"))
+    layer_map = _entry(path, pair, "auxkv_num_layers_to_basekv_num_layers", list)
+    if layer_map is not None and not all(type(m) is int for m in layer_map):
         raise ValueError(
             f"{path}: auxkv_num_layers_to_basekv_num_layers is {layer_map!r}, expected a list of ints"
         )
     return TrainingConfig(
-        base_name=_nested_name(pair.get("base_model")) or gpt.get("model_name"),
-        auxiliary_name=_nested_name(pair.get("auxiliary_model")),
+        base_name=_nested_name(path, pair.get("base_model")) or _entry(path, gpt, "model_name", str),
+        auxiliary_name=_nested_name(path, pair.get("auxiliary_model")),
         layer_map=layer_map,
-        vocab_size=gpt.get("vocab_size"),
-        context_length=gpt.get("max_context_length"),
+        vocab_size=_entry(path, gpt, "vocab_size", int),
+        context_length=_entry(path, gpt, "max_context_length", int),
     )
 
 
@@ -148,9 +149,24 @@ def _state_dict(content: Any) -> dict[str, Any] | None:
     return None
 
 
-def _nested_name(models: Any) -> str | None:
+def _nested_name(path: Path, models: Any) -> str | None:
+    """The name of the first of the models that a section of a YAML file lists."""
     first = models[0] if isinstance(models, list) and models else None
-    return _get(first, "model", "language_modeling", "general_gpt", "model_name")
+    gpt = _get(first, "model", "language_modeling", "general_gpt")
+    return _entry(path, gpt, "model_name", str) if isinstance(gpt, dict) else None
+
+
+def _entry(path: Path, section: dict[str, Any], key: str, kind: type[T]) -> T | None:
+    """An entry of a YAML file's section, None if it is not there.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = section.get(key)
+    if value is not None and type(value) is not kind:
+        expected = {dict: "a section", list: "a list of ints", str: "a name", int: "a number"}[kind]
+        raise ValueError(f"{path}: {key} is {value!r}, expected {expected}")
+    return value
 
 
 def _get(node: Any, *keys: str) -> Any:

@@ -5,6 +5,7 @@ KVPRED_MLX_FUZZ_EXAMPLES is the number of examples of each test: few in `make te
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -44,7 +45,7 @@ def changed(tree: object, places: st.DataObject, values: st.SearchStrategy = VAL
         if places.draw(st.booleans(), label="removed"):
             del node[key]
         else:
-            node[key] = places.draw(values, label="replaced by")
+            node[key] = copy.deepcopy(places.draw(values, label="replaced by"))  # never the same list twice
         if not list(_entries(tree)):
             break
     return tree
