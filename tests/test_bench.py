@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import fails
-from pairs import kv_entries, make_pair, tokens
+from pairs import kv_entries, make_first_layers_pair, make_pair, tokens
 from processes import command
 
 from kvpred_mlx.bench.common import machine, results, statistics
@@ -212,6 +213,15 @@ def test_files(measured, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(files.FILES)
     with pytest.raises(FileExistsError, match=r"results.json .* already"):
         files.check_new(tmp_path)
+
+
+def test_a_pair_without_an_auxiliary(tmp_path):
+    """Tables and the picture, too."""
+    made = bench(make_first_layers_pair(), "first", dataclasses.replace(SMALL, prompt_lens=[40], trials=1))
+    assert {run["mode"] for run in made["shapes"][0]["runs"]} == {"exact", "predicted"}
+    files.write(tmp_path, made, plot=True)
+    assert (tmp_path / "ttft.png").read_bytes().startswith(b"\x89PNG")
+    assert len(report.tables(made).renderables) == 3 and "| 40 |" in report.markdown(made)
 
 
 def test_without_matplotlib_there_is_a_warning(measured, tmp_path, monkeypatch):

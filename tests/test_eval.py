@@ -17,6 +17,7 @@ import pytest
 from conftest import DATA, fails
 from pairs import make_first_layers_pair
 from processes import command
+from test_making import write_model
 
 from kvpred_mlx.bench.common.flops import ttft_flops
 from kvpred_mlx.bench.evaluate import batches, candidate, report, sandbox, tasks
@@ -27,7 +28,11 @@ from kvpred_mlx.bench.evaluate.sandbox import Limits
 from kvpred_mlx.bench.evaluate.scores import interval, mean_flops, summarize
 from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
+from kvpred_mlx.making.pairing import join_first_layers, load_part
+from kvpred_mlx.pair.loading import save
 from kvpred_mlx.pair.modes import Mode
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 FILES = {name: DATA / "eval" / f"{name}.jsonl" for name in ("triviaqa", "humaneval")}
 ROWS = {task.name: tasks.rows(task, FILES[task.name], None) for task in (TRIVIAQA, HUMANEVAL)}
@@ -523,6 +528,24 @@ def test_tasks_of_lm_eval(run, lm_eval_tasks, tmp_path):
         assert rows["local_choices", "acc", mode]["higher_is_better"] is True
     code, _, err = run("eval", "--tasks", "nothing_known", *options)
     assert code == 2 and "nothing_known: not triviaqa nor humaneval, and not known to lm-eval" in err
+
+
+def test_a_pair_without_an_auxiliary(run, tmp_path, demo_pair):
+    """By default the modes that it has; one that it has not is refused before anything is answered."""
+    base = load_part(str(write_model(tmp_path / "base", "qwen3", demo_pair[1])))
+    taps = KVTaps(base.model)
+    predictor = FirstLayersPredictor([1], taps.input_widths, taps.widths)
+    mx.eval(predictor.parameters())
+    save(tmp_path / "pair", join_first_layers(base, predictor, linked=True))
+    command = [
+        "eval", "--model", tmp_path / "pair", "--tasks", "triviaqa", "--data", FILES["triviaqa"], "-m", 2, "--no-plot",
+        "--json", "--output-dir",
+    ]  # fmt: skip
+    code, out, err = run(*command, tmp_path / "out")
+    assert code == 0, err
+    assert [row["mode"] for row in json.loads(out)["rows"]] == ["exact", "predicted"]
+    fails(run(*command, tmp_path / "other", "--modes", "exact,auxiliary"), 1, "no auxiliary model")
+    assert not (tmp_path / "other").exists()
 
 
 def test_lower_may_be_better(demo_pair):

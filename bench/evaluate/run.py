@@ -60,7 +60,9 @@ class Evaluation:
         self.context = context
         self._modes = {mode: _parse(mode) for mode in settings.modes}
         for mode in self._modes.values():
-            if mode is not None:
+            if mode is None:
+                _ = pair.auxiliary_model  # there may be none
+            else:
                 mode.check(pair)
         if self._batched and not TASKS.keys().isdisjoint(settings.tasks):
             self._check_batches()

@@ -32,7 +32,10 @@ def plot(results: Results, path: Path) -> None:
 def _lines(axes: Any, shapes: list[dict[str, Any]]) -> None:
     lengths = [s["prompt_tokens"] for s in shapes]
     for mode, color in COLORS.items():
-        runs = [next(r for r in s["runs"] if r["mode"] == mode) for s in shapes]
+        measured = [[r for r in s["runs"] if r["mode"] == mode] for s in shapes]
+        if not all(measured):  # where the base's own first layers read there is no auxiliary
+            continue
+        runs = [found[0] for found in measured]
         seconds = [[t["ttft"] for t in r["trials"]] for r in runs]
         axes.plot(lengths, [r["ttft"] for r in runs], color=color, marker="o", label=MODE_NAMES[mode])
         axes.fill_between(lengths, [*map(min, seconds)], [*map(max, seconds)], color=color, alpha=0.2)

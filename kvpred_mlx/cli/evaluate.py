@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from kvpred_mlx.console import progress_bar
 if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
 
+DEFAULT_MODES = "exact,predicted,auxiliary"
 NEEDED = ("scipy", "psutil", "lm-eval", "datasets")
 
 
@@ -31,11 +33,12 @@ def evaluate(
         str, typer.Option(help="triviaqa, humaneval, or any task of lm-eval, with commas between.")
     ] = "triviaqa",
     modes: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="exact, predicted, auxiliary, or dials: exact-last=32, exact-top=0.1+exact-first=4."
+            help="exact, predicted, auxiliary, or dials: exact-last=32, exact-top=0.1+exact-first=4. "
+            "Default: the first two, and the third if the pair has one."
         ),
-    ] = "exact,predicted,auxiliary",
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="JSON lines instead of the hub's data: FILE, or TASK=FILE; repeatable."),
@@ -79,7 +82,7 @@ def evaluate(
     from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 
     model = one_pair(model, pair)
-    task_names, mode_names = names("--tasks", tasks), names("--modes", modes)
+    task_names, mode_names = names("--tasks", tasks), names("--modes", modes or DEFAULT_MODES)
     if "humaneval" in task_names and not confirm_run_unsafe_code:
         raise typer.BadParameter(
             "humaneval runs code that the model writes, in a sandbox that stops accidents and not attackers: "
@@ -97,6 +100,8 @@ def evaluate(
         include_path=include_path, seed=seed,
     )  # fmt: skip
     opened = open_pair(model, OtherModels(base, auxiliary, force))
+    if modes is None and opened.pair.auxiliary is None:
+        settings = replace(settings, modes=[m for m in mode_names if m != "auxiliary"])
     folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{opened.short_name}")
     run = Evaluation(opened.pair, opened.tokenizer, opened.name, settings, folder, opened.context)
     _run(run, folder, as_json, not no_plot)
