@@ -46,7 +46,8 @@ def _text(facts: dict[str, Any]) -> str:
     else:
         lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
         lines.append(f"source:    {facts['source']}")
-    lines.append(f"context:   {facts['context_length'] or 'not stated'} tokens")
+    context = facts["context_length"]
+    lines.append(f"context:   {f'{context} tokens' if context else 'not stated'}")
     lines.append(f"predicts prompts of more than {facts['min_prompt_tokens']} tokens")
     if facts["exact_positions"]:
         dial = ", ".join(f"{name} {value}" for name, value in facts["exact_positions"].items())
