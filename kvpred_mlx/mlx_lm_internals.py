@@ -144,6 +144,7 @@ USED: dict[str, dict[str, str]] = {
         "ResponseGenerator._tokenize": "tokenizer request args",
         "ResponseGenerator.cli_args": "",
         "ResponseGenerator.generate": "request generation_args progress_callback",
+        "ResponseGenerator.is_healthy": "",
         "ResponseGenerator.model_provider": "",
         "ResponseGenerator.requests": "",
         "ResponseGenerator.stop_and_join": "",
