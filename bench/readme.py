@@ -21,6 +21,7 @@ from kvpred_mlx.bench.ttft import files as ttft_files
 from kvpred_mlx.bench.ttft import report as ttft_report
 
 RESULTS = Path(__file__).with_name("results")
+REAL = {"real": real_report.quality_markdown, "humaneval": real_report.humaneval_markdown}
 BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain|real|humaneval): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -35,12 +36,12 @@ def with_tables(text: str) -> str:
 
 def _block(kind: str, folder: str) -> str:
     path = RESULTS / folder / "results.json"
-    if kind in ("real", "humaneval"):
-        results = real_report.read(path)
-        tables = {"real": real_report.quality_markdown, "humaneval": real_report.humaneval_markdown}
-        made = tables[kind](results)
+    if kind == "bench":
+        made = _ttft(path)
+    elif kind in REAL:
+        made = REAL[kind](real_report.read(path))
     else:
-        made = _ttft(path) if kind == "bench" else _front(kind, path)
+        made = _front(kind, path)
     return f"<!-- {kind}: {folder} -->\n\n{made}\n\n<!-- end -->"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -138,7 +138,7 @@ class Evaluation:
 
     def _in_batches(self, task: Task, rows: dict[str, Any], progress: ProgressCallback) -> None:
         """Mode by mode; answers are scored beside the generation, and written down even if that is interrupted."""
-        total, scored = len(rows) * len(self._modes), list[Future[None]]()
+        total, waiting = len(rows) * len(self._modes), deque[Future[None]]()
 
         def score(mode: str, row_id: str, prompt: list[int], answers: list[str]) -> None:
             known = self._scored(task, rows[row_id], prompt, answers, [])
@@ -151,11 +151,11 @@ class Evaluation:
                 progress(done, total, f"{task.name}, {mode}")
                 with self._model(mode) as model:
                     for n, answered in enumerate(self._items(model, task, left), 1):
-                        scored.append(pool.submit(score, mode, *answered))
-                        for future in filter(Future.done, scored):
-                            future.result()  # a full disk, say, is told now
+                        waiting.append(pool.submit(score, mode, *answered))
+                        while waiting and waiting[0].done():
+                            waiting.popleft().result()  # a full disk, say, is told now
                         progress(done + n, total)
-        for future in scored:
+        for future in waiting:
             future.result()
 
     def _of_lm_eval(self, name: str, rows: Any, progress: ProgressCallback) -> dict[str, list[Record]]:

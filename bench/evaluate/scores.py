@@ -35,9 +35,9 @@ def summarize(
         mode: mean_flops(pair, mode, lengths, counted) if lengths else None
         for mode, lengths in prompts.items()
     }
-    for metric in next(iter(records.values()))[0]["scores"]:
+    first = next(iter(records.values()))[0]
+    for metric in first["scores"]:
         exact = [r["scores"][metric] for r in records.get("exact", [])]
-        first = next(iter(records.values()))[0]
         higher = first.get("higher_is_better", {}).get(metric, True)
         for mode, done in records.items():
             scores = [r["scores"][metric] for r in done]

@@ -26,6 +26,7 @@ from kvpred_mlx.bench.front.baselines import METHODS
 from kvpred_mlx.bench.front.cells import SHOWN, Cell, label, make_cells
 from kvpred_mlx.bench.front.settings import FrontSettings
 from kvpred_mlx.bench.front.text import Data
+from kvpred_mlx.errors import changes
 from kvpred_mlx.making import quality
 from kvpred_mlx.making.quality import Prefill
 from kvpred_mlx.making.windows import Windows
@@ -204,10 +205,8 @@ def _check_lengths(pair: KVPredictionModel, prompt_lens: Sequence[int]) -> None:
 def _check_same(before: Results, now: Results) -> None:
     for part in ("pair", "settings", "data"):
         then, here = before[part] or {}, now[part] or {}
-        differ = [k for k in then | here if then.get(k) != here.get(k)]
-        if differ:
-            given = ", ".join(f"{k} {then.get(k)!r}, now {here.get(k)!r}" for k in differ)
-            raise ValueError(f"the {part} of the results there and now differ: {given}")
+        if differ := changes(then, here):
+            raise ValueError(f"the {part} of the results there and now differ: {', '.join(differ)}")
 
 
 def _last_step(model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:

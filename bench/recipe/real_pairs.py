@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.console import numbers, progress_bar
+from kvpred_mlx.errors import changes
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
 from kvpred_mlx.making.card import CardFacts, write_card
@@ -33,7 +34,7 @@ from kvpred_mlx.making.fresh_windows import FreshWindows
 from kvpred_mlx.making.joint import restored_types
 from kvpred_mlx.making.pairing import LoadedModel, check_same_tokenizer, join, join_first_layers, load_part
 from kvpred_mlx.making.quality import measure
-from kvpred_mlx.making.recording import Recording, record
+from kvpred_mlx.making.recording import Recording, record, write_json
 from kvpred_mlx.making.reports import Report
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 from kvpred_mlx.making.windows import Windows, cut_windows
@@ -115,15 +116,13 @@ def check_same(folder: Path, given: dict[str, Any]) -> None:
     now = {name: None if value is None else str(value) for name, value in given.items()}
     place = folder / "recipe.json"
     if place.exists():
-        then = json.loads(place.read_text(encoding="utf-8"))
-        differ = [f"{k} {then.get(k)!r}, now {v!r}" for k, v in now.items() if then.get(k) != v]
-        if differ:
+        if differ := changes(json.loads(place.read_text(encoding="utf-8")), now):
             raise ValueError(
                 f"{folder} was begun with {'; '.join(differ)}: give the same, or another --folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(place, lambda beside: beside.write_text(json.dumps(now, indent=1), encoding="utf-8"))
+    write_json(place, now)
 
 
 class RealPairs:
@@ -269,25 +268,25 @@ class RealPairs:
         cut = cut_windows(
             long or self._documents, PROMPT, SCORED, most=count or len(long) * each, per_document=each
         )
-        order = np.random.default_rng(0).permutation(len(cut))
-        return Windows(*(getattr(cut, field.name)[order] for field in dataclasses.fields(Windows)))
+        return cut.take(np.random.default_rng(0).permutation(len(cut)))
 
 
 def _write_npy(path: Path, array: np.ndarray) -> None:
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:  # by its name numpy would add to it
-            np.save(file, array.astype(np.int32))
-
-    write_file(path, write)
+    _write(path, lambda file: np.save(file, array.astype(np.int32)))
 
 
 def _write_weights(path: Path, predictor: Maps) -> None:
     weights = dict(tree_flatten(predictor.parameters()))
     facts = {"layer_map": ",".join(map(str, predictor.layer_map))}
+    _write(path, lambda file: mx.save_safetensors(file, weights, facts))
+
+
+def _write(path: Path, make: Callable[[Any], object]) -> None:
+    """As `write_file`, for what would add to a file's name."""
 
     def write(beside: Path) -> None:
-        with beside.open("wb") as file:  # by its name mlx would add to it
-            mx.save_safetensors(file, weights, facts)
+        with beside.open("wb") as file:
+            make(file)
 
     write_file(path, write)
 

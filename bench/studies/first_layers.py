@@ -129,7 +129,7 @@ class Study:
         per_document = 1 if name == "train" else 2
         cut = cut_windows(ids, prompt, SCORED, most=count, per_document=per_document)
         order = np.random.default_rng(0).permutation(len(cut)) if name == "train" else np.arange(len(cut))
-        self._record(name, Windows(*(getattr(cut, f.name)[order] for f in dataclasses.fields(Windows))))
+        self._record(name, cut.take(order))
 
     def record_recall(self, name: str, data: Path, prompt: int, count: int) -> None:
         """Prompts with facts planted, and the answers to a question about one of them."""

@@ -13,6 +13,8 @@ from kvpred_mlx.console import progress_bar
 from kvpred_mlx.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from kvpred_mlx.making.data import PackedSequences
     from kvpred_mlx.making.fresh_windows import FreshWindows
     from kvpred_mlx.making.pairing import LoadedModel
@@ -207,21 +209,12 @@ def read_held_out(data: Path, text_key: str, all_documents: bool, tokenizer: Any
     return chosen
 
 
-def dequantize(pair: KVPredictionModel) -> None:
-    """Give a pair's weights in full precision."""
+def dequantize(*modules: nn.Module | None) -> None:
+    """Give the weights of modules in full precision, those that are there."""
     import mlx.core as mx
     from mlx_lm.utils import dequantize_model
 
-    dequantize_model(pair)
-    mx.eval(pair.parameters())
-
-
-def dequantize_trained(pair: KVPredictionModel) -> None:
-    """Give what is trained of a pair in full precision; the base stays as it is."""
-    import mlx.core as mx
-    from mlx_lm.utils import dequantize_model
-
-    for module in (pair.predictor, pair.auxiliary):
+    for module in modules:
         if module is not None:
             dequantize_model(module)
             mx.eval(module.parameters())

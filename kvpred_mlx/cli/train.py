@@ -134,7 +134,7 @@ def train(
     check_paths(data or [])
     begun, training, held_out = _begin(model, models, data or [], text_key, max_seq_length, fit)
     if dequantize:
-        making.dequantize_trained(begun.pair)
+        making.dequantize(begun.pair.predictor, begun.pair.auxiliary)
     with restored_types(begun.pair):
         if as_used:
             folder = record or mlx_path.with_name(f"{mlx_path.name}.recording")

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from kvpred_mlx.errors import one_line
+from kvpred_mlx.errors import changes, one_line
 from kvpred_mlx.files import new_directory
 
 KEPT_STATES = 2
@@ -90,12 +90,7 @@ def _facts(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check_same(state: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:
-    then, now = dict(tree_flatten(facts)), dict(tree_flatten(identity))
-    differ = [
-        f"{k.rpartition('.')[2]} {then.get(k)!r}, now {now.get(k)!r}"
-        for k in then | now
-        if then.get(k) != now.get(k)
-    ]
+    differ = changes(dict(tree_flatten(facts)), dict(tree_flatten(identity)))
     if differ:
         raise ValueError(
             f"{state} was trained with {'; '.join(differ)}: give the same, or remove it to start anew"

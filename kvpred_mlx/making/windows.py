@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def take(self, order: np.ndarray) -> Windows:
+        """Those of the indices `order`, in that order."""
+        return Windows(*(getattr(self, field.name)[order] for field in fields(self)))
 
 
 def cut_windows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from odd import TEXTS, VALUES, few
 from processes import command, serving
 from test_server import NAME, PROMPT, TEMPLATE
+from test_server_faults import connect, send
 
 pytestmark = pytest.mark.slow
 
@@ -53,19 +53,9 @@ def served():
         thread.join()
         assert not wrong and len(set(got)) == 1, (wrong, set(got))
         assert psutil.Process(process.pid).memory_info().rss < before + MEMORY
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        connection = connect(url)
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200
-
-
-def send(url, path, body):
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, data, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, text
 
 
 def streamed(url):
@@ -78,28 +68,25 @@ def streamed(url):
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines if json.loads(line)["choices"])
 
 
-def check(status, text, kind):
-    """Whether an answer has the form of its endpoint's, or of an error's."""
-    if status == 200 and text.startswith(("data: ", ": ")):
-        for line in text.splitlines():
+def check(status, answer, kind):
+    """Whether an answer, an object or a stream's text, has the form of its endpoint's, or of an error's."""
+    if status == 200 and isinstance(answer, str):
+        assert answer.startswith(("data: ", ": ")), answer
+        for line in answer.splitlines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
                 assert "error" in event or event["object"].startswith(kind), event
     elif status == 200:
-        answer = json.loads(text)
-        assert answer["object"].startswith(kind) and answer["choices"][0]["finish_reason"] in (
-            "stop",
-            "length",
-        )
+        assert answer["object"].startswith(kind), answer
+        assert answer["choices"][0]["finish_reason"] in ("stop", "length")
     else:
-        assert status in (400, 404), (status, text)
-        error = json.loads(text)["error"]
-        assert error["message"] and error["type"], error
+        assert status in (400, 404), (status, answer)
+        assert answer["error"]["message"] and answer["error"]["type"], answer
 
 
 def bounded(body):
     """With an answer of a few tokens, where nothing else is asked for."""
-    if not any((body.get(n) is not None) for n in ("max_tokens", "max_completion_tokens")):
+    if all(body.get(n) is None for n in ("max_tokens", "max_completion_tokens")):
         body["max_tokens"] = 2
     return body
 
@@ -120,6 +107,6 @@ def test_chat(served, fields, messages):
 @few
 @given(st.binary(max_size=40) | VALUES.map(lambda v: json.dumps(v).encode()), st.sampled_from(["", "chat/"]))
 def test_bodies(served, body, chat):
-    status, text = send(served, f"/v1/{chat}completions", body)
-    assert status in (400, 404), (status, text)
-    assert json.loads(text)["error"]["message"]
+    status, answer = send(served, f"/v1/{chat}completions", body)
+    assert status in (400, 404), (status, answer)
+    assert answer["error"]["message"]
