@@ -22,12 +22,11 @@ LAYERS = 4
 VOCAB = 128
 WINDOW = 8  # of sliding-window layers; the tests' prompts are longer
 
-_NOTES = json.loads((Path(__file__).parent / "data" / "families.json").read_text())
-UNSUPPORTED: dict[str, str] = _NOTES["unsupported"]
-NOT_BUILT: dict[str, str] = _NOTES["not_built"]
+# What mlx-lm itself cannot run here.
+NOT_BUILT: dict[str, str] = json.loads((Path(__file__).parent / "data" / "families.json").read_text())
 
-# Families whose keys and values can be recorded and injected.
-_INJECTABLE = """
+# Families that keep nothing but attention keys and values.
+_ATTENTION = """
     Klear afm7 afmoe apertus bailing_moe cohere cohere2 dbrx deepseek deepseek_v2 deepseek_v3 dots1
     ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe gear gemma gemma2 gemma3 gemma3_text gemma3n gemma4
     gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
@@ -38,9 +37,17 @@ _INJECTABLE = """
     qwen3 qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 solar_open spark2_5 stablelm starcoder2
     step3p5 talkie telechat3 youtu_llm
 """
-INJECTABLE = _INJECTABLE.split()
+# Families that keep recurrent or convolutional state, second caches, or parts of tokens in other ways.
+_STATES = """
+    baichuan_m1 bailing_hybrid bailing_moe_linear bailing_moe_v3 deepseek_v32 deepseek_v41 falcon_h1
+    glm_moe_dsa granitemoehybrid jamba kimi_k3 kimi_linear lfm2 lfm2-vl lfm2_moe longcat_flash
+    longcat_flash_ngram mamba mamba2 minimax_m3_vl nemotron_h olmo_hybrid plamo2 prism_hadamard_qwen35
+    qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7
+"""
+ATTENTION, STATES = _ATTENTION.split(), _STATES.split()
+INJECTABLE = [*ATTENTION, *STATES]
 # The tests of the others are marked slow: separate and fused projections, windows, shared and expert layers are here.
-QUICK = {"gemma3n", "gpt_oss", "llama", "openelm", "qwen2", "qwen3"}
+QUICK = {"gemma3n", "gpt_oss", "llama", "openelm", "qwen2", "qwen3", "qwen3_5", "lfm2", "granitemoehybrid"}
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default", "type": "default"}
 YARN = {**ROPE, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}

@@ -30,10 +30,11 @@ class Flow:
     """What goes into and comes out of the taps during one forward call.
 
     Args:
-        given: arrays to inject.
+        given: arrays to inject, of each call its keys and values.
         kept: recorded arrays.
         norms: what key norms gave; None if nobody asks.
         derive: what is to be injected once `kept` has the array of the call `source`; None if nothing waits for it.
+        noise: what to fill in where it should not matter; anything finite if None.
     """
 
     given: dict[Call, Arrays] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Flow:
     norms: Norms | None = None
     source: Call | None = None
     derive: Callable[[mx.array], dict[Call, Arrays]] | None = None
+    noise: mx.array | None = None
 
     def settle(self) -> None:
         """Derive what is given as soon as it can be."""
@@ -49,8 +51,8 @@ class Flow:
             self.derive = None
 
 
-# What a tap gives for a call of a projection and what the projection reads.
-OnCall = Callable[[Flow, Call, nn.Module, mx.array], mx.array]
+# What a tap gives for a call of a projection and what the projection reads (and is called with besides).
+OnCall = Callable[..., mx.array]
 Tapped = Callable[[Flow, int], AbstractContextManager[None]]
 
 

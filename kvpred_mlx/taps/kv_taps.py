@@ -1,20 +1,21 @@
-"""Record and replace the raw keys and values of any mlx-lm model, without per-family attention code.
+"""Record and replace what any mlx-lm model keeps of a prompt, without code for any family.
 
 An attention layer's K and V projections are *tapped*: for the length of one forward call a tap stands
 where the projection stood, and either passes the projection's output through and keeps it (record) or
 returns a given array instead (inject).  The model's own code then does k_norm, RoPE, sliding windows and
 the cache.  MLX is lazy, so whatever an injected array makes unnecessary is never computed.
 
+Recurrent and convolutional layers are tapped at the projections that their states are made from
+(`kvpred_mlx.taps.search`).
+
 A tap *shadows* its projection (`kvpred_mlx.taps.shadows`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -22,13 +23,14 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.errors import UnsupportedModelError
-from kvpred_mlx.taps.checkpointing import Arrays, Call, Flow, Norms, OnCall, checkpointed_layers
-from kvpred_mlx.taps.fused import FusedColumns
+from kvpred_mlx.taps.checkpointing import Arrays, Call, Flow, Norms
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.layers import Layers, layer_list_owners
-from kvpred_mlx.taps.proof import check_injection, reached_columns
-from kvpred_mlx.taps.shadows import Tap, lock, shadowed
-from kvpred_mlx.taps.sites import check_caches, find_sites, group_calls, key_norm, project
+from kvpred_mlx.taps.named import named_structure
+from kvpred_mlx.taps.places import Place, Structure, divide, join
+from kvpred_mlx.taps.proof import check_injection
+from kvpred_mlx.taps.search import searched_structures
+from kvpred_mlx.taps.sites import attention_only, project
 
 
 class KVTaps:
@@ -39,45 +41,59 @@ class KVTaps:
     where a fused projection's columns all reach the cached keys (latent attention).  `input_widths[i]` is the
     width of what layer i's key projection reads.
 
+    Of a layer with recurrent or convolutional state the *keys* are what matters to it at every position, and the
+    *values* what matters at the last `tails[i]` positions only (a convolution's window); elsewhere `tails[i]` is None.
+
     Args:
-        model: any mlx-lm model whose caches hold nothing but attention keys and values.
+        model: any mlx-lm model whose caches hold nothing but what its projections' outputs make.
 
     Raises:
         UnsupportedModelError: naming the family and the reason.
     """
 
-    checkpointed = False  #: compute each layer again in a backward pass instead of keeping its activations
-    _needs_cache = False
-
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, Layers(model)
         self.family: str = getattr(model, "model_type", type(model).__module__)
-        check_caches(self.family, make_prompt_cache(model))
-        sites = list(find_sites(model))
-        self._sites = sites
-        self._norms = {i: norm for i, site in enumerate(sites) if (norm := key_norm(site)) is not None}
-        self._pieces: dict[int, list[int]] = {}
-        self._in_dims: dict[int, int] = {}
-        self._out_dims: dict[int, int] = {}
-        calls = self._dry_run(make_prompt_cache(model))
-        # Layers that borrow keys and values find them in the cache; without one they make their own.
-        self._needs_cache = calls != self._dry_run(None)
-        self._layers = group_calls(self.family, sites, calls)
-        self._fused: list[FusedColumns | None] = [None] * len(self._layers)
-        dims = [[self._out_dims[s] for s, _ in layer] for layer in self._layers]
-        self.widths = [(d[0], d[-1]) for d in dims]
-        self.input_widths = [self._in_dims[layer[0][0]] for layer in self._layers]
-        self._find_fused_columns()
-        self._fused_at = {calls[0]: f for calls, f in zip(self._layers, self._fused, strict=True) if f}
-        check_injection(self.family, self.model, self.inject, self.widths, self._vocabulary)
+        failed: UnsupportedModelError | None = None
+        for structure in _structures(self.family, model):
+            self._use(structure)
+            try:
+                check_injection(self, structure.vocabulary, structure.proved_by)
+            except UnsupportedModelError as error:
+                failed = error
+            else:
+                return
+        if failed is not None:
+            raise failed
+
+    def _use(self, structure: Structure) -> None:
+        self._runner, self._layers = structure.runner, structure.layers
+        self.input_widths, self.tails = structure.input_widths, structure.tails
+        self.widths = [_width(places) for places in self._layers]
+        self._places = {place.call: place for places in self._layers for place in places}
+        self.run = self._runner.run
 
     def __len__(self) -> int:
         return len(self._layers)
 
     @property
+    def checkpointed(self) -> bool:
+        """Whether each layer is computed again in a backward pass instead of keeping its activations."""
+        return self._runner.checkpointed
+
+    @checkpointed.setter
+    def checkpointed(self, value: bool) -> None:
+        self._runner.checkpointed = value
+
+    @property
     def fused(self) -> bool:
         """Whether any layer makes queries, keys and values in one projection."""
-        return any(self._fused)
+        return any(not place.plain for place in self._places.values())
+
+    @property
+    def places(self) -> list[list[Place]]:
+        """Where each KV layer's keys and values are made."""
+        return self._layers
 
     def record(
         self,
@@ -104,9 +120,9 @@ class KVTaps:
 
         flow = Flow(norms=norms)
         logits = self.run(tokens, cache, keep, flow)
-        reached = [i for i, calls in enumerate(self._layers) if calls[0] in flow.kept]
+        reached = [i for i, places in enumerate(self._layers) if places[0].call in flow.kept]
         if inputs is not None:
-            inputs += [read[self._layers[i][0]] for i in reached]
+            inputs += [read[self._layers[i][0].call] for i in reached]
         return [self._kv(i, flow.kept) for i in reached], logits
 
     def record_inputs(
@@ -120,7 +136,7 @@ class KVTaps:
 
         flow = Flow()
         logits = self.run(tokens, cache, keep, flow)
-        return [flow.kept[calls[0]] for calls in self._layers if calls[0] in flow.kept], logits
+        return [flow.kept[places[0].call] for places in self._layers if places[0].call in flow.kept], logits
 
     def inject(
         self,
@@ -130,26 +146,33 @@ class KVTaps:
         *,
         logits: bool,
         norms: Norms | None = None,
+        noise: mx.array | None = None,
     ) -> mx.array:
         """Run the model over `tokens` [B, L] with the given raw keys and values in place of its own.
 
         Args:
-            kv: one `KV` for each KV layer, as `record` returns them.
+            kv: one `KV` for each KV layer, as `record` returns them; with values of the last `tails[i]` rows alone or
+                of all.
             cache: updated in place; its entries depend on `kv` alone if `logits` is false.
             logits: whether the returned logits [B, L, vocabulary] will be used.  If not, the queries of
                 fused projections are left out, else the cached entries would depend on them.
             norms: as in `record`.
+            noise: a random key: random numbers stand where nothing should matter.
 
         Raises:
             ValueError: if the number, the widths or the tokens of `kv` are not as expected.
         """
         self._check_widths(kv)
-        shapes = {a.shape[:-1] for pair in kv for a in pair}
+        shapes = {
+            a.shape[:-1]
+            for pair, tail in zip(kv, self.tails, strict=True)
+            for a in (pair if tail is None else pair[:1])
+        }
         if shapes != {tokens.shape}:
             raise ValueError(f"{self.family}: keys and values for {sorted(shapes)}, expected {tokens.shape}")
 
         give = partial(self._give, logits=logits)
-        return self.run(tokens, cache, give, Flow(self._given(kv), norms=norms))
+        return self.run(tokens, cache, give, Flow(self._given(kv), norms=norms, noise=noise))
 
     def inject_after(
         self,
@@ -175,7 +198,7 @@ class KVTaps:
             ValueError: the predicted widths are not as expected.
         """
         behind = self._layers[layer + 1 :]
-        source = self._layers[layer][0]
+        source = self._layers[layer][0].call
 
         def derive(x: mx.array) -> dict[Call, Arrays]:
             kv = predict(x)
@@ -190,16 +213,16 @@ class KVTaps:
                 flow.kept[call] = x
             return project(projection, x)
 
-        replaced = {call for calls in behind for call in calls}
+        replaced = {place.call for places in behind for place in places}
         return self.run(tokens, cache, pass_or_give, Flow(norms=norms, source=source, derive=derive))
 
     def layer_of(self, kv_layer: int) -> int:
         """The place in the model's list of layers of a KV layer."""
-        return self._sites[self._layers[kv_layer][0][0]].layer
+        return self._runner.sites[self._layers[kv_layer][0].call[0]].layer
 
     def norm_places(self) -> list[Call]:
         """For each KV layer the place of its normed keys in `norms` (see `record`), if there is a norm."""
-        return [layer[0] for layer in self._layers]
+        return [places[0].call for places in self._layers]
 
     @contextmanager
     def first_layers(self, n: int | None) -> Iterator[None]:
@@ -213,134 +236,60 @@ class KVTaps:
         Returns None if the model must run whole (it needs all, or its layers cannot be cut short).
         """
         n = max(map(self.layer_of, range(kv_layers))) + 1
-        looped = any(nth for calls in self._layers for _, nth in calls)
+        looped = any(nth for _, nth in self._places)
         if looped or n >= len(self.model.layers) or not layer_list_owners(self.model):
             return None
+        whole = make_prompt_cache(self.model)
         try:
             with self.first_layers(n):
                 cache = make_prompt_cache(self.model)
                 found = len(self.record(mx.array([[0, 0]]), cache)[0])
                 self.record(mx.array([[0, 0]]))  # without a cache too: some index their caches by layer
-        except (
-            IndexError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ):  # a family that counts on all its layers: run it whole
+                used = [not c.empty() for c in cache]
+                entries = sum(used)
+                every = [*make_prompt_cache(self.model)[:entries], *whole[entries:]]
+                self.record(mx.array([[0, 0]]), every)
+        except (IndexError, KeyError, TypeError, ValueError):  # a family that counts on all its layers
             return None
-        used = [not c.empty() for c in cache]
-        entries = sum(used)
         return (n, entries) if found >= kv_layers and all(used[:entries]) else None
 
-    def run(self, tokens: mx.array, cache: list[Any] | None, on_call: OnCall, flow: Flow) -> mx.array:
-        """Run the model over `tokens` [B, L] while `on_call` answers for its projections; returns the logits."""
-        if cache is None and self._needs_cache:
-            cache = make_prompt_cache(self.model)
-        with lock, ExitStack() as stack:
-            if self.checkpointed:
-                tapped = partial(self._tapped, on_call)
-                stack.enter_context(checkpointed_layers(self.model, self._sites, tapped, flow))
-            else:
-                stack.enter_context(self._tapped(on_call, flow))
-            return self.model(tokens, cache=cache) if cache is not None else self.model(tokens)
-
-    @contextmanager
-    def _tapped(self, on_call: OnCall, flow: Flow, layer: int | None = None) -> Iterator[None]:
-        """Let `on_call` answer for the projections of a layer (None: of all), with `flow` at hand."""
-        counts: Counter[int] = Counter()
-
-        def tap(site: int) -> Tap:
-            def call(projection: nn.Module, x: mx.array) -> Any:
-                counts[site] += 1
-                output = on_call(flow, (site, counts[site] - 1), projection, x)
-                return mx.split(output, self._pieces[site], axis=-1) if site in self._pieces else output
-
-            return Tap(self._sites[site].projection, call)
-
-        def norm_tap(site: int, norms: Norms) -> Tap:
-            def call(norm: nn.Module, x: mx.array) -> mx.array:
-                place = (site, counts[site] - 1)  # the projection was called just before
-                norms[place] = norm(x)
-                return norms[place]
-
-            return Tap(self._norms[site].projection, call)
-
-        with lock, ExitStack() as stack:
-            for i, site in enumerate(self._sites):
-                if layer in (None, site.layer):
-                    stack.enter_context(shadowed(site.owner, site.name, tap(i)))
-                    if flow.norms is not None and i in self._norms:
-                        norm = norm_tap(i, flow.norms)
-                        stack.enter_context(shadowed(site.owner, self._norms[i].name, norm))
-            yield
-
-    def _dry_run(self, cache: list[Any] | None) -> list[tuple[int, int]]:
-        """Which sites a prefill really calls, in call order, as (site, nth call of it)."""
-        calls: list[tuple[int, int]] = []
-
-        def note(flow: Flow, call: Call, projection: nn.Module, x: mx.array) -> mx.array:
-            site = call[0]
-            calls.append(call)
-            output = projection(x)
-            if not isinstance(output, mx.array):
-                self._pieces[site] = list(accumulate(piece.shape[-1] for piece in output))[:-1]
-            whole = project(projection, x)
-            self._in_dims[site], self._out_dims[site] = x.shape[-1], whole.shape[-1]
-            return whole
-
-        self._vocabulary = self.run(mx.array([[0, 0]]), cache, note, Flow()).shape[-1]
-        return calls
-
     def _kv(self, layer: int, outputs: dict[Call, mx.array]) -> KV:
-        calls, fused = self._layers[layer], self._fused[layer]
-        if fused is not None:
-            return fused.split(outputs[calls[0]])
-        return KV(outputs[calls[0]], outputs[calls[1]])
+        places = self._layers[layer]
+        return join([place.take(outputs[place.call]) for place in places])
 
     def _give(self, flow: Flow, call: Call, projection: nn.Module, x: mx.array, *, logits: bool) -> mx.array:
         """What stands in the place of a projection's output."""
-        arrays = [a.astype(x.dtype) for a in flow.given[call]]
-        fused = self._fused_at.get(call)
-        if fused is None:
-            return arrays[0]
-        if not logits:
-            return fused.pad(KV(*arrays))
-        return fused.join(fused.take_rest(project(projection, x)), KV(*arrays))
+        place = self._places[call]
+        kv, rest = KV(*(a.astype(x.dtype) for a in flow.given[call])), None
+        if place.columns.rest and logits:
+            rest = place.columns.take_rest(project(projection, x))
+        return place.give(kv, x.shape[1], rest, flow.noise)
 
     def _given(self, kv: Sequence[KV], first: int = 0) -> dict[Call, Arrays]:
-        """What each call of a projection is given, from KV layer `first` on: both arrays if fused, else its own."""
-        given: dict[Call, Arrays] = {}
-        for calls, layer in zip(self._layers[first:], kv, strict=True):
-            if calls[0] in self._fused_at:
-                given[calls[0]] = tuple(layer)
-            else:
-                given |= {call: (array,) for call, array in zip(calls, layer, strict=False)}
-        return given
+        """What each call of a projection is given, from KV layer `first` on: its part of the keys and values."""
+        return {
+            place.call: tuple(part)
+            for places, layer in zip(self._layers[first:], kv, strict=True)
+            for place, part in zip(places, divide(layer, places), strict=True)
+        }
 
     def _check_widths(self, kv: Sequence[KV], first: int = 0) -> None:
         given, expected = [(k.shape[-1], v.shape[-1]) for k, v in kv], self.widths[first:]
         if given != expected:
             raise ValueError(f"{self.family}: injected key and value widths {given}, expected {expected}")
 
-    def _find_fused_columns(self) -> None:
-        for i, calls in enumerate(self._layers):
-            pieces = self._pieces.get(calls[0][0])
-            if pieces is not None:  # the projection itself returns queries, keys and values
-                width = self.widths[i][0]
-                is_key = [pieces[0] <= c < pieces[1] for c in range(width)]
-                self._set_fused(i, FusedColumns.of(is_key, [c >= pieces[1] for c in range(width)]))
-        unknown = [i for i, calls in enumerate(self._layers) if len(calls) == 1 and self._fused[i] is None]
-        if unknown:
-            asked = [self._layers[i][0] for i in unknown]
-            widths = [self.widths[i][0] for i in unknown]
-            reached = reached_columns(self.model, self.run, asked, widths)
-            for i, (is_key, is_value) in zip(unknown, reached, strict=True):
-                self._set_fused(i, FusedColumns.of(is_key, is_value))
 
-    def _set_fused(self, layer: int, fused: FusedColumns) -> None:
-        if not fused.keys:
-            raise UnsupportedModelError(
-                f"{self.family}: no output of layer {layer}'s fused projection reaches the cached keys"
-            )
-        self._fused[layer] = fused
-        self.widths[layer] = (len(fused.keys), len(fused.values))
+def _structures(family: str, model: nn.Module) -> Iterator[Structure]:
+    """By names where they tell, else by trying; the first one that can be proved is true."""
+    caches = make_prompt_cache(model)
+    if not caches:
+        raise UnsupportedModelError(f"{family}: the model has no key-value cache")
+    if attention_only(caches):
+        with suppress(UnsupportedModelError):
+            yield named_structure(family, model)
+    yield from searched_structures(family, model)
+
+
+def _width(places: Sequence[Place]) -> tuple[int, int]:
+    keys, values = zip(*(place.widths for place in places), strict=True)
+    return sum(keys), sum(values)

@@ -63,6 +63,16 @@ class Layers:
             yield
 
     @contextmanager
+    def noted(self, cache: list[Any], entries: dict[int, set[int]]) -> Iterator[None]:
+        """Put into `entries` which entries of `cache` each layer is called with, by number."""
+
+        def note(layers: list[Any]) -> list[Any]:
+            return [_Noted(layer, cache, entries.setdefault(i, set())) for i, layer in enumerate(layers)]
+
+        with self._seen(note):
+            yield
+
+    @contextmanager
     def resumed(self, layer: int, hidden: mx.array) -> Iterator[None]:
         """Let the model begin at `layer`, which reads `hidden` [B, L, D] in place of the layers before it."""
 
@@ -104,6 +114,17 @@ class _Watched(_StandIn):
         if any(given is self._entry for given in (*args, *kwargs.values())):
             self._kept.append(x)
         return self._layer(x, *args, **kwargs)
+
+
+class _Noted(_StandIn):
+    def __init__(self, layer: nn.Module, cache: list[Any], entries: set[int]):
+        super().__init__(layer)
+        self._cache, self._entries = cache, entries
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        self._entries |= {i for i, entry in enumerate(self._cache) if any(one is entry for one in given)}
+        return self._layer(*args, **kwargs)
 
 
 class _Skipped(_StandIn):

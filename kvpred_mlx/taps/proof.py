@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.taps.checkpointing import Call, Flow, OnCall
 from kvpred_mlx.taps.kv import KV
+from kvpred_mlx.taps.shaken import shaken
 from kvpred_mlx.taps.sites import project
+from kvpred_mlx.taps.states import states
+
+if TYPE_CHECKING:
+    from kvpred_mlx.taps.kv_taps import KVTaps
 
 Run = Callable[[mx.array, list[Any] | None, OnCall, Flow], mx.array]
 PROOF_TOKENS = 16
@@ -50,36 +54,33 @@ def reached_columns(
         yield reached[0], reached[1]
 
 
-def check_injection(
-    family: str,
-    model: nn.Module,
-    inject: Callable[..., mx.array],
-    widths: Sequence[tuple[int, int]],
-    vocabulary: int,
-) -> None:
-    """Prove that the cache depends on nothing but the injected arrays: other tokens, same cache.
+def check_injection(taps: KVTaps, vocabulary: int, entries: set[int] | None = None) -> None:
+    """Prove that the cache depends on nothing but the injected arrays: other tokens, other fill, same cache.
 
     Args:
-        inject, widths: of the model's `KVTaps`.
+        taps: of the model.
         vocabulary: how many tokens there are.
+        entries: of the cache, to be looked at (None: all).
 
     Raises:
         UnsupportedModelError: it does depend on more.
     """
-    keys = [mx.random.key(i) for i in range(len(widths))]
+    keys = mx.random.split(mx.random.key(0), len(taps))
+    rows = [PROOF_TOKENS if tail is None else min(tail, PROOF_TOKENS) for tail in taps.tails]
     kv = [
-        KV(*(mx.random.normal((1, PROOF_TOKENS, w), key=k) for w in ws))
-        for ws, k in zip(widths, keys, strict=True)
+        KV(mx.random.normal((1, PROOF_TOKENS, w), key=k), mx.random.normal((1, n, v), key=k))
+        for (w, v), n, k in zip(taps.widths, rows, keys, strict=True)
     ]
-    states = []
-    for seed in (0, 1):  # tokens from all over the vocabulary: some may be untrained and alike
-        tokens = mx.random.randint(0, vocabulary, (1, PROOF_TOKENS), key=mx.random.key(seed))
-        cache = make_prompt_cache(model)
-        inject(kv, tokens, cache, logits=False)
-        leaves = dict(tree_flatten([c.state for c in cache])).values()
-        states.append([a for a in leaves if isinstance(a, mx.array)])
-    same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*states, strict=True)]
-    if not mx.all(mx.stack(same)).item():
+    kept = []
+    with shaken(taps.model):
+        for seed in (0, 1):  # tokens from all over the vocabulary: some may be untrained and alike
+            tokens = mx.random.randint(0, vocabulary, (1, PROOF_TOKENS), key=mx.random.key(seed))
+            cache = make_prompt_cache(taps.model)
+            taps.inject(kv, tokens, cache, logits=False, noise=mx.random.key(seed))
+            kept.append([s for (i, _), s in states(cache).items() if entries is None or i in entries])
+        same = [mx.array_equal(a, b, equal_nan=True) for a, b in zip(*kept, strict=True)]
+        proved = mx.all(mx.stack(same)).item()
+    if not proved:
         raise UnsupportedModelError(
-            f"{family}: its cache holds more than the outputs of its key and value projections"
+            f"{taps.family}: its cache holds more than the outputs of its key and value projections"
         )

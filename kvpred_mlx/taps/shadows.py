@@ -21,14 +21,14 @@ lock = threading.RLock()
 class Tap:
     """Stands in a projection's place; other attributes are still the projection's (`.weight` is read)."""
 
-    def __init__(self, projection: nn.Module, on_call: Callable[[nn.Module, mx.array], Any]):
+    def __init__(self, projection: nn.Module, on_call: Callable[..., Any]):
         self._projection, self._on_call = projection, on_call
         self._thread = threading.get_ident()
 
-    def __call__(self, x: mx.array) -> Any:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
-            return self._projection(x)
-        return self._on_call(self._projection, x)
+            return self._projection(x, *args, **kwargs)
+        return self._on_call(self._projection, x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._projection, name)

@@ -22,15 +22,29 @@ ATTENTION_CACHES = (KVCache, RotatingKVCache, ChunkedKVCache)
 
 @dataclass(frozen=True)
 class Site:
-    """One K, V or fused projection: the child `name` of `owner`, in layer `layer`."""
+    """A module whose calls are seen: the child `name` of `owner`, in layer `layer`.
+
+    Args:
+        layer: -1 if it stands outside the layers.
+        path: of the owner, inside the layer.
+        index: which one, if the child is a list of modules.
+    """
 
     layer: int
     owner: nn.Module
     name: str
+    path: str = ""
+    index: int | None = None
 
     @property
     def projection(self) -> nn.Module:
-        return self.owner[self.name]  # the module's own entry, never the tap that shadows it
+        child = self.owner[self.name]  # the module's own entry, never the tap that shadows it
+        return child if self.index is None else child[self.index]
+
+    @property
+    def full_name(self) -> str:
+        """Where it stands in its layer."""
+        return ".".join(str(part) for part in (self.path, self.name, self.index) if part not in ("", None))
 
 
 def project(projection: nn.Module, x: mx.array) -> mx.array:
@@ -39,29 +53,18 @@ def project(projection: nn.Module, x: mx.array) -> mx.array:
     return output if isinstance(output, mx.array) else mx.concatenate(output, axis=-1)
 
 
-def check_caches(family: str, caches: list[Any]) -> None:
-    """Refuse a model whose caches hold anything but attention keys and values."""
-    names = sorted({type(c).__name__ for c in caches if type(c) not in ATTENTION_CACHES})
-    reasons = {
-        "ArraysCache": "recurrent or convolutional state",
-        "CacheList": "several caches",
-    }
-    if names:
-        kept = ", ".join(
-            f"{reasons.get(n, 'state other than attention keys and values')} ({n})" for n in names
-        )
-        raise UnsupportedModelError(f"{family}: a layer keeps {kept}, which cannot be predicted")
-    if not caches:
-        raise UnsupportedModelError(f"{family}: the model has no key-value cache")
+def attention_only(caches: list[Any]) -> bool:
+    """Whether a model's caches hold nothing but attention keys and values."""
+    return all(type(c) in ATTENTION_CACHES for c in caches)
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
     for i, layer in enumerate(model.layers):
         modules = layer.named_modules() if isinstance(layer, nn.Module) else []
-        for _, owner in sorted(modules, key=lambda item: item[0]):
+        for path, owner in sorted(modules, key=lambda item: item[0]):
             for name, child in owner.items():
                 if isinstance(child, nn.Module) and any(p.fullmatch(name) for p in (KEY, VALUE, FUSED)):
-                    yield Site(i, owner, name)
+                    yield Site(i, owner, name, path)
 
 
 def key_norm(site: Site) -> Site | None:
