@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_caches
 from mlx_lm.models.cache import (
+    ArraysCache,
     BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
@@ -166,7 +167,7 @@ class AuxiliaryCache(CacheList):
         """How many logged tokens the auxiliary has not read, for each row of the batch."""
         if self._caught_up or not self.auxiliary:  # a padded prompt's offsets are only put right at its end
             return [0]
-        log, read = self.log.offset, self.auxiliary[0].offset
+        log, read = self.log.offset, _clock(self.auxiliary).offset
         return [log - read] if isinstance(log, int) else (log - read).tolist()
 
     def catch_up(self, tokens: mx.array) -> CatchUp:
@@ -220,7 +221,7 @@ class AuxiliaryCache(CacheList):
         ahead = -min(self.lags())
         if ahead > 0:
             fits = all(c.is_trimmable() and c.size() >= ahead for c in self.auxiliary)
-            if fits and isinstance(self.auxiliary[0].offset, int):
+            if fits and isinstance(_clock(self.auxiliary).offset, int):
                 for c in self.auxiliary:
                     c.trim(ahead)
             else:  # a full window cannot be wound back: read the log again
@@ -254,8 +255,41 @@ def _of(caches: Sequence[Any]) -> AuxiliaryCache:
     return made
 
 
+def counted(caches: list[Any]) -> list[Any]:
+    """A model's caches, and behind them one that counts its tokens if none of them does."""
+    return caches if any(hasattr(part, "offset") for part in _parts(caches)) else [*caches, KVCache()]
+
+
+def count(caches: Sequence[Any], tokens: mx.array) -> Sequence[Any]:
+    """Count `tokens` [B, L] that a model is going to read; returns its own caches of `counted` ones."""
+    *own, last = caches
+    if own and not any(hasattr(part, "offset") for part in _parts(own)) and hasattr(last, "offset"):
+        nothing = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1), mx.uint8)
+        last.update_and_fetch(nothing, nothing)
+        return own
+    return caches
+
+
+def _clock(caches: Sequence[Any]) -> Any:
+    """The first cache that counts its tokens."""
+    return next(part for part in _parts(caches) if hasattr(part, "offset"))
+
+
+def _parts(caches: Sequence[Any]) -> Iterator[Any]:
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from _parts(cache.caches)
+        else:
+            yield cache
+
+
 def _emptied(cache: Any, batched: bool = True) -> Any:
     """An empty cache of the same kind; `batched=False` gives the one-row kind of a batch cache."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(_emptied(part, batched) for part in cache.caches))
+    if isinstance(cache, ArraysCache):
+        rows = cache.batch_size
+        return ArraysCache(len(cache.cache), [0] * rows if batched and rows > 1 else None)
     if isinstance(cache, BatchRotatingKVCache):
         return (
             BatchRotatingKVCache(cache.max_size, [0] * cache.offset.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -52,17 +53,40 @@ class Predictor(nn.Module):
         self.key_maps = [self._stacked(layer, 0) for layer in self.auxiliary_layers]
         self.value_maps = [self._stacked(layer, 1) for layer in self.auxiliary_layers]
 
-    def __call__(self, auxiliary: Sequence[Sequence[mx.array]]) -> list[KV]:
-        """Features of each auxiliary layer, `[B, L, width]`, to raw base KV of each layer, `[B, L, width]`."""
+    def __call__(
+        self, auxiliary: Sequence[Sequence[mx.array]], tails: Sequence[int | None] | None = None
+    ) -> list[KV]:
+        """Features of each auxiliary layer, `[B, L, width]`, to raw base KV of each layer, `[B, L, width]`.
+
+        Args:
+            tails: for each base layer, how many of the last values are asked for, `[B, tail, width]` (None: all).
+        """
         predicted: dict[int, KV] = {}
         for layer, to_keys, to_values in zip(
             self.auxiliary_layers, self.key_maps, self.value_maps, strict=True
         ):
-            readers = self.readers(layer)
-            keys = _split(to_keys(auxiliary[layer][0]), [self.base_widths[i][0] for i in readers])
-            values = _split(to_values(auxiliary[layer][-1]), [self.base_widths[i][1] for i in readers])
+            readers, features = self.readers(layer), auxiliary[layer]
+            keys = _split(to_keys(features[0]), [self.base_widths[i][0] for i in readers])
+            values = self._values(
+                to_values, features[-1], [(i, tails[i] if tails else None) for i in readers]
+            )
             predicted |= {i: KV(k, v) for i, k, v in zip(readers, keys, values, strict=True)}
         return [predicted[i] for i in range(len(self.layer_map))]
+
+    def _values(self, maps: nn.Module, x: mx.array, readers: list[tuple[int, int | None]]) -> list[mx.array]:
+        """The readers' values; a product of its own for neighbours with the same number of rows.
+
+        MLX would compute all rows of a product and then drop them.
+        """
+        values, start = list[mx.array](), 0
+        runs = [(tail, [i for i, _ in run]) for tail, run in groupby(readers, key=lambda reader: reader[1])]
+        for tail, run in runs:
+            widths = [self.base_widths[i][1] for i in run]
+            rows = x if tail is None else x[:, -tail:]
+            part = maps if len(runs) == 1 else _columns(maps, start, start + sum(widths))
+            values += _split(part(rows), widths)
+            start += sum(widths)
+        return values
 
     @property
     def auxiliary_layers(self) -> list[int]:
@@ -127,10 +151,14 @@ class FirstLayersPredictor(nn.Module):
         """The maps of a depth; they take `[(x,)]` with x `[B, L, D]`."""
         return self[f"first_{depth}"]
 
-    def behind(self, depth: int) -> Callable[[mx.array], list[KV]]:
-        """From what KV layer `depth` reads, `[B, L, D]`, to raw keys and values of the layers behind it."""
+    def behind(self, depth: int, tails: Sequence[int | None] | None = None) -> Callable[[mx.array], list[KV]]:
+        """From what KV layer `depth` reads, `[B, L, D]`, to raw keys and values of the layers behind it.
+
+        Args:
+            tails: of all base layers (`Predictor`).
+        """
         maps = self.at(depth)
-        return lambda x: maps([(x,)])
+        return lambda x: maps([(x,)], tails and tails[depth + 1 :])
 
     def check_depth(self, depth: int) -> None:
         """Raise ValueError if there are no maps for a depth."""
@@ -144,6 +172,16 @@ class _NoColumns(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return x[..., :0]
+
+
+def _columns(maps: nn.Module, start: int, stop: int) -> nn.Module:
+    """The maps to some of the columns; their weights are views."""
+    if isinstance(maps, _NoColumns):
+        return maps
+    part = type(maps).__new__(type(maps))
+    part.__dict__.update(maps.__dict__)
+    dict.update(part, {name: array[start:stop] for name, array in maps.items()})
+    return part
 
 
 def _split(stacked: mx.array, widths: list[int]) -> Sequence[mx.array]:

@@ -16,11 +16,12 @@ from kvpred_mlx.dial.plan import Call, Span, keeps_all
 from kvpred_mlx.dial.rows import close
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.pair import cpu_prefill
-from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache, count, counted
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.pair.sources import Features, feature_widths, layers_read, record
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
+from kvpred_mlx.taps.states import states
 
 PROBE_TOKENS = 8
 
@@ -75,9 +76,8 @@ class AuxiliaryReader:
 
     def caches(self, max_kv_size: int | None) -> list[Any]:
         """Those of the auxiliary's layers that the predictor needs."""
-        return make_prompt_cache(self.taps.model, max_kv_size)[
-            : None if self.depth is None else self.depth[1]
-        ]
+        entries = None if self.depth is None else self.depth[1]
+        return counted(make_prompt_cache(self.taps.model, max_kv_size)[:entries])
 
     def features(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[Features]:
         """What the predictor reads of the auxiliary's layers for `tokens` [B, L], and of no layer beyond.
@@ -87,6 +87,8 @@ class AuxiliaryReader:
                 layers (it will draft), all are filled.
         """
         source = self._predictor.source
+        if caches is not None:
+            caches = count(caches, tokens)
         if self.depth is None or (caches is not None and len(caches) > self.depth[1]):
             return record(source, self.taps, tokens, list(caches) if caches is not None else None)[0]
         layers, entries = self.depth
@@ -97,14 +99,18 @@ class AuxiliaryReader:
 
     def predict(self, tokens: mx.array, entry: AuxiliaryCache | None = None) -> list[KV]:
         """Predicted raw base keys and values of `tokens` [B, L]; the auxiliary catches up first."""
+        return self._predictor(self.read(tokens, entry))
+
+    def read(self, tokens: mx.array, entry: AuxiliaryCache | None = None) -> list[Features]:
+        """What the predictor reads for `tokens` [B, L]; the auxiliary catches up first."""
         if entry is None:
-            return self._predictor(self.features(tokens))
+            return self.features(tokens)
         unread = entry.catch_up(tokens)
         unread.prepare(entry.auxiliary)
         recorded = cpu_prefill.read(partial(self.features, caches=entry.auxiliary), unread.tokens)
         unread.finalize(entry.auxiliary)
         new = tokens.shape[1]
-        return self._predictor([tuple(unread.predicted(a, new) for a in layer) for layer in recorded])
+        return [tuple(unread.predicted(a, new) for a in layer) for layer in recorded]
 
     def forced(self, tokens: mx.array) -> mx.array:
         return self._base.inject(self.predict(tokens), tokens, logits=True)
@@ -112,20 +118,28 @@ class AuxiliaryReader:
     def begin(self, tokens: mx.array, call: Call, read: int, entry: AuxiliaryCache) -> Filling:
         listening: Any = self.importance.listen() if call.top else nullcontext(Heard())
         with listening as heard:
-            predicted = self.predict(tokens[:, :read], entry) if read else []
-        return _Injecting(self._base, tokens, predicted, heard)
+            features = self.read(tokens[:, :read], entry) if read else []
+        return _Injecting(self._base, self._predictor, tokens, features, heard)
 
 
 class _Injecting:
-    """Spans of a call whose keys and values are predicted already."""
+    """Spans of a call that the auxiliary has read."""
 
-    def __init__(self, base: KVTaps, tokens: mx.array, predicted: list[KV], heard: Heard):
-        self._base, self._tokens, self._predicted, self.heard = base, tokens, predicted, heard
+    def __init__(
+        self, base: KVTaps, predictor: Predictor, tokens: mx.array, features: list[Features], heard: Heard
+    ):
+        self._base, self._predictor, self._tokens = base, predictor, tokens
+        self._features, self.heard = features, heard
 
     def __call__(self, span: Span, cache: list[Any]) -> mx.array:
         part = slice(span.start, span.stop)
-        kv = [KV(k[:, part], v[:, part]) for k, v in self._predicted]
-        return with_logits(self._base, partial(self._base.inject, kv, self._tokens[:, part]), cache)
+        features = [tuple(a[:, part] for a in layer) for layer in self._features]
+
+        def inject(cache: list[Any], *, logits: bool) -> mx.array:
+            kv = self._predictor(features, None if logits else self._base.rows_asked(cache))
+            return self._base.inject(kv, self._tokens[:, part], cache, logits=logits)
+
+        return with_logits(self._base, inject, cache)
 
 
 class FirstLayersReader:
@@ -171,7 +185,10 @@ class FirstLayersReader:
             logits: whether the logits will be used (`KVTaps.inject`).
         """
         depth = self.depth if depth is None else depth
-        return self._base.inject_after(depth, self._predictor.behind(depth), tokens, cache, logits=logits)
+        tails = None if logits else self._base.rows_asked(cache)
+        return self._base.inject_after(
+            depth, self._predictor.behind(depth, tails), tokens, cache, logits=logits
+        )
 
     def forced(self, tokens: mx.array) -> mx.array:
         return self.fill(tokens, None, logits=True)
@@ -188,7 +205,7 @@ class FirstLayersReader:
         for depth in self._predictor.depths:
             cache = make_prompt_cache(self._base.model)
             self.fill(tokens, cache, depth=depth)
-            pairs = _pairs(plain[: depth + 1], cache[: depth + 1])
+            pairs = zip(states(plain[: depth + 1]).values(), states(cache[: depth + 1]).values(), strict=True)
             same = [mx.array_equal(x, y) for x, y in pairs]
             if not all(bool(one) for one in same):
                 raise UnsupportedModelError(
@@ -231,7 +248,8 @@ class FirstLayersReader:
                 self._base.model(tokens, cache=plain)
             for part in (slice(cut), slice(cut, None)):
                 self.resume(depth, kept[0][:, part], tokens[:, part], again)
-            return all(close(x, y) for x, y in _pairs(plain[depth:], again[depth:]))
+            pairs = zip(states(plain[depth:]).values(), states(again[depth:]).values(), strict=True)
+            return all(close(x, y) for x, y in pairs if x.size)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False  # a family whose layers do more than follow one from the other
 
@@ -275,13 +293,6 @@ def with_logits(base: KVTaps, inject: Callable[..., mx.array], cache: list[Any])
     aside = copy.deepcopy(cache)
     inject(cache, logits=False)
     return inject(aside, logits=True)
-
-
-def _pairs(some: Sequence[Any], others: Sequence[Any]) -> list[tuple[mx.array, mx.array]]:
-    """Keys with keys and values with values of two caches; arrays without columns are left out."""
-    entries = zip(some, others, strict=True)
-    found = [pair for a, b in entries for pair in zip(a.keys_and_values(), b.keys_and_values(), strict=True)]
-    return [(x, y) for x, y in found if x.size]
 
 
 def _check_widths(parts: Sequence[tuple[str, Sequence[Any], Sequence[Any], KVTaps]]) -> None:

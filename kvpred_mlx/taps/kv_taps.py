@@ -31,6 +31,7 @@ from kvpred_mlx.taps.places import Place, Structure, divide, join
 from kvpred_mlx.taps.proof import check_injection
 from kvpred_mlx.taps.search import searched_structures
 from kvpred_mlx.taps.sites import attention_only, project
+from kvpred_mlx.taps.states import padded
 
 
 class KVTaps:
@@ -87,8 +88,8 @@ class KVTaps:
 
     @property
     def fused(self) -> bool:
-        """Whether any layer makes queries, keys and values in one projection."""
-        return any(not place.plain for place in self._places.values())
+        """Whether logits need more than what the cache does: queries beside keys, values of all positions."""
+        return any(not place.plain for place in self._places.values()) or any(self.tails)
 
     @property
     def places(self) -> list[list[Place]]:
@@ -215,6 +216,12 @@ class KVTaps:
 
         replaced = {place.call for places in behind for place in places}
         return self.run(tokens, cache, pass_or_give, Flow(norms=norms, source=source, derive=derive))
+
+    def rows_asked(self, cache: list[Any] | None) -> list[int | None]:
+        """How many of a call's last values each KV layer needs (None: all): of rows that end elsewhere, all."""
+        if cache is None or any(padded(entry) for entry in cache):
+            return [None] * len(self)
+        return self.tails
 
     def layer_of(self, kv_layer: int) -> int:
         """The place in the model's list of layers of a KV layer."""

@@ -34,6 +34,11 @@ def states(cache: Sequence[Any]) -> dict[tuple[int, Kind], mx.array]:
     return found
 
 
+def padded(entry: Any) -> bool:
+    """Whether a cache entry is told that the rows of a batch end at different tokens."""
+    return any(getattr(one, "lengths", None) is not None for _, one in _leaves(entry))
+
+
 def _leaves(entry: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(entry, CacheList):
         for i, part in enumerate(entry.caches):
