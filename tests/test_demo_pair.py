@@ -11,7 +11,7 @@ import pytest
 from kvpred_mlx import load
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.recipe import corpus, demo_pair, plan, pretrain, steps
-from kvpred_mlx.bench.recipe.plan import nemotron
+from kvpred_mlx.bench.recipe.plan import nemotron, qwen3_5
 from kvpred_mlx.bench.recipe.steps import Recipe
 from kvpred_mlx.bench.studies import compare_sources
 from kvpred_mlx.making.data import PackedSequences
@@ -29,7 +29,10 @@ def small(monkeypatch):
     """Sizes that take seconds; the models that trainings began with."""
     monkeypatch.setattr(corpus, "modules", lambda: MODULES)
     monkeypatch.setattr(plan, "VOCABULARY", 300)
-    configs = {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)}
+    configs = {
+        "attention": {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)},
+        "hybrid": {"base": qwen3_5(32, 4, 1, 64, 32, 1), "auxiliary": qwen3_5(32, 4, 1, 32, 32, 1)},
+    }
     monkeypatch.setattr(plan, "CONFIGS", configs)
     for name, value in {
         "CONTEXT": 128,
@@ -72,6 +75,24 @@ def test_every_step(small, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo_pair", "--folder", str(tmp_path), "--iters", iters])
     run_recipe()
     assert len(small) == 6 and (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_hybrid_pair(small, tmp_path, monkeypatch):
+    iters = ",".join("1" * len(plan.SHARES))
+    argv = ["demo_pair", "--folder", str(tmp_path), "--iters", iters, "--layout", "hybrid"]
+    monkeypatch.setattr(sys, "argv", argv)
+    run_recipe()
+    pair, _ = load(tmp_path / "pair")
+    assert (
+        pair.base.model_type == "qwen3_5"
+        and "gated delta nets" in (tmp_path / "pair" / "README.md").read_text()
+    )
+    alone, _ = load(tmp_path / "first-layers")
+    assert alone.predictor.depths == (2,)
+    monkeypatch.setattr(sys, "argv", [*argv[:-1], "mamba"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(demo_pair.main)
+    assert stop.value.code == 2
 
 
 def test_a_lesson_begins_with_the_weights_of_the_one_before(small, tmp_path):

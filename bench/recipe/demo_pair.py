@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kvpred_mlx.bench.common import command
-from kvpred_mlx.bench.recipe.plan import SHARES, STAGES
+from kvpred_mlx.bench.recipe.plan import CONFIGS, SHARES, STAGES
 from kvpred_mlx.bench.recipe.steps import Recipe, alone
 
 
@@ -25,13 +25,19 @@ def main(
     minutes: Annotated[float, typer.Option(min=0, help="Of training, altogether.")] = 60,
     iters: Annotated[str | None, typer.Option(help=f"Steps instead, of {', '.join(SHARES)}.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
+    layout: Annotated[
+        str, typer.Option(help="attention, or hybrid: three delta nets to each attention, as in Qwen3.5.")
+    ] = "attention",
 ) -> None:
     """Make the bundled pair, corpus to model card; run again, it goes on where it stopped."""
-    recipe = Recipe(folder, minutes, _iters(iters), batch_size)
+    if layout not in CONFIGS:
+        raise typer.BadParameter(f"{layout!r}, expected {' or '.join(CONFIGS)}", param_hint="--layout")
+    recipe = Recipe(folder, minutes, _iters(iters), batch_size, layout)
     alone(recipe.corpus)
     recipe.pretrain("base")
     recipe.pretrain("auxiliary")
     alone(recipe.fit)
+    alone(recipe.first_layers)
     begin = "fitted"
     for stage in STAGES:
         recipe.train(stage, begin)

@@ -23,6 +23,7 @@ MADE = (
     "left out, and rows with facts planted to be recalled), SentencePiece tokenizer, base and auxiliary "
     "(Muon), closed-form fit, joint training, quantization."
 )
+HYBRID = "Qwen3.5's layout instead of attention alone: three gated delta nets to each attention, in base and auxiliary."
 SHARES = {  # of the minutes, for each training
     "base-text": 0.35,
     "base-repeating": 0.05,
@@ -107,4 +108,38 @@ def nemotron(
     }
 
 
-CONFIGS = {"base": nemotron(256, 8, 2, 1, 1024, head_dim=128), "auxiliary": nemotron(160, 4, 2, 1, 640)}
+def qwen3_5(width: int, layers: int, heads: int, ffn: int, head_dim: int, states: int) -> dict[str, Any]:
+    """A small Qwen3.5: three gated delta nets, then one attention, and again.
+
+    Args:
+        states: matrices of `head_dim` by `head_dim` numbers that each delta net keeps.
+    """
+    text = {
+        "model_type": "qwen3_5_text",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "linear_num_key_heads": states,
+        "linear_num_value_heads": states,
+        "linear_key_head_dim": head_dim,
+        "linear_value_head_dim": head_dim,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    }
+    return {"model_type": "qwen3_5", "text_config": text, "bos_token_id": 1, "eos_token_id": 2}
+
+
+CONFIGS = {
+    "attention": {
+        "base": nemotron(256, 8, 2, 1, 1024, head_dim=128),
+        "auxiliary": nemotron(160, 4, 2, 1, 640),
+    },
+    "hybrid": {"base": qwen3_5(256, 8, 2, 640, 64, 4), "auxiliary": qwen3_5(160, 4, 2, 400, 64, 2)},
+}

@@ -21,14 +21,15 @@ from kvpred_mlx.convert.tokenizer import convert_sentencepiece
 from kvpred_mlx.files import new_directory
 from kvpred_mlx.making.card import CardFacts, write_card
 from kvpred_mlx.making.data import PackedSequences, encode
-from kvpred_mlx.making.fit import fit
+from kvpred_mlx.making.fit import fit, fit_first_layers
 from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
 from kvpred_mlx.making.loop import Trainer
-from kvpred_mlx.making.pairing import join, load_part
+from kvpred_mlx.making.pairing import join, join_first_layers, load_part
 from kvpred_mlx.making.quality import SCORE_TOKENS, Quality, measure
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair.loading import load, save
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Recipe:
         minutes: of training, altogether.
         iters: steps of each training, instead of what the minutes allow.
         batch_size: sequences a step.
+        layout: of the models, one of `plan.CONFIGS`.
     """
 
     folder: Path
     minutes: float
     iters: dict[str, int] = field(default_factory=dict)
     batch_size: int = 4
+    layout: str = "attention"
 
     def budget(self, training: str) -> Budget:
         """What one of the trainings gets."""
@@ -74,7 +77,7 @@ class Recipe:
         for lesson in plan.LESSONS:
             out = self.folder / f"{role}{lesson.suffix}"
             if not out.exists():
-                self._teach(plan.CONFIGS[role], lesson, begin, out)
+                self._teach(plan.CONFIGS[self.layout][role], lesson, begin, out)
             begin = out
 
     def _teach(self, config: dict[str, Any], lesson: plan.Lesson, begin: Path | None, out: Path) -> None:
@@ -103,6 +106,18 @@ class Recipe:
         base, auxiliary = (load_part(str(self.folder / role)) for role in ("base", "auxiliary"))
         fitted = fit(base.model, auxiliary.model, self.rows(), FitSettings())
         save(out, join(base, auxiliary, fitted.predictor), base.tokenizer)
+
+    def first_layers(self) -> None:
+        """A pair that reads with half of its base's own layers, closed form; none of a base of two layers."""
+        out = self.folder / "first-layers"
+        if out.exists():
+            return
+        base = load_part(str(self.folder / "base"))
+        taps = KVTaps(base.model)
+        if len(taps) < 3:
+            return
+        fitted = fit_first_layers(taps, [len(taps) // 2], self.rows(), FitSettings())
+        save(out, join_first_layers(base, fitted.predictor), base.tokenizer)
 
     def train(self, stage: plan.Stage, begin: str) -> None:
         """Joint training of the pair in `begin`."""
@@ -146,9 +161,12 @@ class Recipe:
         save(self.folder / "quantized", pair, tokenizer, overwrite=True)
         figures = self.figures(self.folder / "quantized")
         made = [plan.MADE, self._effort()]
+        name = plan.NAME
+        if self.layout == "hybrid":
+            made, name = [plan.HYBRID, *made], f"{plan.NAME}-hybrid"
 
         def extras(folder: Path) -> None:
-            write_card(folder, CardFacts(plan.NAME, made=made, licence="mit"), figures)
+            write_card(folder, CardFacts(name, made=made, licence="mit"), figures)
             shutil.copy(plan.PROMPT, folder)
 
         save(out, pair, tokenizer, extras=extras)
