@@ -54,4 +54,4 @@ def _instead_of(theirs: Callable[[nn.Conv1d, mx.array], mx.array]) -> Callable[.
 
 
 if takes(nn.Conv1d.__call__, "self x"):
-    nn.Conv1d.__call__ = _instead_of(nn.Conv1d.__call__)
+    nn.Conv1d.__call__ = _instead_of(nn.Conv1d.__call__)  # type: ignore[method-assign]

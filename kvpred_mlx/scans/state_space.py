@@ -106,7 +106,5 @@ def _instead_of(theirs: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..
 
 
 # `ssm_update`, which the models import, looks this name up whenever it does not use its Metal kernel.
-if takes(
-    getattr(ssm, "ssm_attn", None), "x A_log B C D dt dt_bias state time_step_limit mask lengths step"
-):
+if takes(getattr(ssm, "ssm_attn", None), "x A_log B C D dt dt_bias state time_step_limit mask lengths step"):
     ssm.ssm_attn = _instead_of(ssm.ssm_attn)
