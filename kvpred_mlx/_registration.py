@@ -3,7 +3,8 @@
 mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files by class
 name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets a module of ours be imported right after
 one of mlx-lm's, where it makes itself known: the cache entry's after `mlx_lm.models.cache`, that of linked pairs after
-`mlx_lm.utils`.
+`mlx_lm.utils`, the scans for MLX's CPU backend after the modules that have mlx-lm's own (convolutions are MLX's; every
+model file imports `mlx_lm.models.base`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from types import ModuleType
 
 FAMILY = "mlx_lm.models.kvpred"
 FOLLOWERS = {
+    "mlx_lm.models.base": "kvpred_mlx.scans.depthwise",
     "mlx_lm.models.cache": "kvpred_mlx.pair.auxiliary_cache",
+    "mlx_lm.models.gated_delta": "kvpred_mlx.scans.delta_net",
+    "mlx_lm.models.ssm": "kvpred_mlx.scans.state_space",
     "mlx_lm.utils": "kvpred_mlx.pair.in_mlx_lm",
 }
 

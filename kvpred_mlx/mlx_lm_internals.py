@@ -95,6 +95,12 @@ USED: dict[str, dict[str, str]] = {
         "make_prompt_cache": "model max_kv_size",
         "trim_prompt_cache": "cache num_tokens",
     },
+    # scans/: what has another form on MLX's CPU backend; what takes other parameters there is left alone
+    "mlx_lm.models.gated_delta": {"gated_delta_ops": "q k v g beta state mask"},
+    "mlx_lm.models.ssm": {
+        "compute_dt": "dt dt_bias time_step_limit",
+        "ssm_attn": "x A_log B C D dt dt_bias state time_step_limit mask lengths step",
+    },
     # making/data.py: the text that mlx-lm calibrates quantization with
     "mlx_lm.quant.utils": {"load_data": "tokenizer num_samples sequence_length"},
     # serving/: subclasses of the server's classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,13 @@ import kvpred_mlx
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.readme import RESULTS
 from kvpred_mlx.bench.recipe import real_report
-from kvpred_mlx.bench.studies import convert_memory, pieces
+from kvpred_mlx.bench.studies import convert_memory, pieces, scans
 
 STUDIES = [
     f"studies.{name}"
     for name in (
-        "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "soak"
+        "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "scans",
+        "soak",
     )
 ]  # fmt: skip
 RECIPES = ["recipe.demo_pair", "recipe.real_pairs", "recipe.real_report"]
@@ -79,6 +81,7 @@ def test_unknown_options(run, name):
         ),
         ("studies.pieces", ["--preset", "gpt-5"], 2, ["--preset", "gpt-5", "openelm-1_1b:openelm-270m"]),
         ("studies.pieces", ["--prompt-lens", "512,x"], 2, ["--prompt-lens", "'x'"]),
+        ("studies.scans", ["--layers", "6"], 2, ["--layers 6", "multiples"]),
         ("studies.soak", ["--requests", "0"], 2, ["--requests"]),
         ("studies.compare_sources", ["--folder", "/nowhere"], 1, ["/nowhere"]),
         ("recipe.demo_pair", ["--iters", "1,2"], 2, ["--iters", "'1,2'", "9 numbers", "sharpened"]),
@@ -104,6 +107,14 @@ def test_pieces():
     for _, _, seconds in found:
         assert list(seconds) == ["whole", "pieces", "pieces on streams"] and min(seconds.values()) > 0
     assert told[-1] == (pieces.TRIALS, pieces.TRIALS + 1, "base, 39 tokens")
+
+
+@pytest.mark.parametrize("family", scans.FAMILIES)
+def test_scans(family):
+    (row,) = scans.measure(family, 4, 128, [40], trials=1)
+    assert (row.family, row.prompt_tokens) == (family, 40) and row.difference < 1e-4
+    assert row.own > 0 < row.ours and f"{family}, 40 tokens" in scans.text(row)
+    assert scans.OPT_OUT not in os.environ
 
 
 @pytest.fixture
