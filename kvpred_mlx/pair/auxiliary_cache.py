@@ -48,7 +48,8 @@ class AuxiliaryCache(CacheList):
     saving are then mlx-lm's own.
 
     Args:
-        caches: the auxiliary's caches, as `make_prompt_cache` gives them; none without an auxiliary.
+        caches: the auxiliary's caches, as `make_prompt_cache` gives them, and a counter behind them if they do not
+            count tokens themselves; none without an auxiliary.
     """
 
     # Class attributes, because mlx-lm restores saved caches without calling `__init__`.
@@ -255,19 +256,15 @@ def _of(caches: Sequence[Any]) -> AuxiliaryCache:
     return made
 
 
-def counted(caches: list[Any]) -> list[Any]:
-    """A model's caches, and behind them one that counts its tokens if none of them does."""
-    return caches if any(hasattr(part, "offset") for part in _parts(caches)) else [*caches, KVCache()]
+def counts_tokens(caches: Sequence[Any]) -> bool:
+    """Whether any of a model's caches knows how many tokens it has; recurrent and convolutional states do not."""
+    return any(hasattr(part, "offset") for part in _parts(caches))
 
 
-def count(caches: Sequence[Any], tokens: mx.array) -> Sequence[Any]:
-    """Count `tokens` [B, L] that a model is going to read; returns its own caches of `counted` ones."""
-    *own, last = caches
-    if own and not any(hasattr(part, "offset") for part in _parts(own)) and hasattr(last, "offset"):
-        nothing = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1), mx.uint8)
-        last.update_and_fetch(nothing, nothing)
-        return own
-    return caches
+def count(counter: Any, tokens: mx.array) -> None:
+    """Count `tokens` [B, L]: to a cache of keys, so that batching, padding and rolling are mlx-lm's own."""
+    nothing = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1), mx.uint8)
+    counter.update_and_fetch(nothing, nothing)
 
 
 def _clock(caches: Sequence[Any]) -> Any:

@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 
 from kvpred_mlx.dial.importance import Heard, Importance
 from kvpred_mlx.dial.plan import Call, Span, keeps_all
 from kvpred_mlx.dial.rows import close
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.pair import cpu_prefill
-from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache, count, counted
+from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache, count, counts_tokens
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.pair.sources import Features, feature_widths, layers_read, record
 from kvpred_mlx.taps.kv import KV
@@ -73,11 +73,18 @@ class AuxiliaryReader:
         self._base, self.taps, self._predictor = base, auxiliary, predictor
         self.depth = auxiliary.depth(layers_read(predictor.source, predictor.layer_map, auxiliary))
         self.importance = Importance(auxiliary.model)
+        own = self._own_caches()
+        self._counted = None if counts_tokens(own) else len(own)  # behind how many caches a counter stands
+
+    def _own_caches(self, max_kv_size: int | None = None) -> list[Any]:
+        return make_prompt_cache(self.taps.model, max_kv_size)[
+            : None if self.depth is None else self.depth[1]
+        ]
 
     def caches(self, max_kv_size: int | None) -> list[Any]:
-        """Those of the auxiliary's layers that the predictor needs."""
-        entries = None if self.depth is None else self.depth[1]
-        return counted(make_prompt_cache(self.taps.model, max_kv_size)[:entries])
+        """Those of the auxiliary's layers that the predictor needs; behind them a counter, if they do not count."""
+        own = self._own_caches(max_kv_size)
+        return own if self._counted is None else [*own, KVCache()]
 
     def features(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> list[Features]:
         """What the predictor reads of the auxiliary's layers for `tokens` [B, L], and of no layer beyond.
@@ -87,8 +94,9 @@ class AuxiliaryReader:
                 layers (it will draft), all are filled.
         """
         source = self._predictor.source
-        if caches is not None:
-            caches = count(caches, tokens)
+        if caches is not None and self._counted is not None:
+            count(caches[self._counted], tokens)
+            caches = caches[: self._counted]
         if self.depth is None or (caches is not None and len(caches) > self.depth[1]):
             return record(source, self.taps, tokens, list(caches) if caches is not None else None)[0]
         layers, entries = self.depth
