@@ -116,23 +116,24 @@ class Heard:
         return [calls for calls in layers if not calls[-1].windowed] or layers
 
 
-def choose(scores: mx.array, counts: list[int], limits: list[int]) -> mx.array:
+def choose(scores: mx.array, counts: list[int], limits: list[int], chunk: int = CHUNK) -> mx.array:
     """The `counts[r]` best columns of each row of `scores` [B, N], chunk by chunk, ascending: [B, largest count].
 
     A row that wants fewer than the others gets its best column several times.
 
     Args:
         limits: how many columns of each row count at all.
+        chunk: columns that are chosen together.
     """
     B, N = scores.shape
     limit = mx.array(limits)[:, None]
-    chunks = -(-N // CHUNK)
-    counted = mx.pad(mx.broadcast_to(mx.arange(N) < limit, (B, N)), [(0, 0), (0, chunks * CHUNK - N)])
-    pooled = _pooled(mx.pad(scores, [(0, 0), (0, chunks * CHUNK - N)]), counted)
-    sums, sizes = (a.reshape(B, chunks, CHUNK).sum(axis=-1) for a in (pooled, counted))
+    chunks = -(-N // chunk)
+    counted = mx.pad(mx.broadcast_to(mx.arange(N) < limit, (B, N)), [(0, 0), (0, chunks * chunk - N)])
+    pooled = _pooled(mx.pad(scores, [(0, 0), (0, chunks * chunk - N)]), counted)
+    sums, sizes = (a.reshape(B, chunks, chunk).sum(axis=-1) for a in (pooled, counted))
     order = mx.argsort(mx.where(sizes > 0, -sums / mx.maximum(sizes, 1), 1.0), axis=-1)
-    columns = (order[..., None] * CHUNK + mx.arange(CHUNK)).reshape(B, -1)
-    ranks = mx.arange(chunks * CHUNK)
+    columns = (order[..., None] * chunk + mx.arange(chunk)).reshape(B, -1)
+    ranks = mx.arange(chunks * chunk)
     kept = mx.argsort(mx.where(columns < limit, ranks, ranks + ranks.size), axis=-1)[:, : max(counts)]
     best = mx.take_along_axis(columns, kept, axis=1)
     wanted = mx.arange(max(counts)) < mx.array(counts)[:, None]

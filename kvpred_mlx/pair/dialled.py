@@ -16,7 +16,9 @@ from kvpred_mlx.dial.importance import Heard, choose
 from kvpred_mlx.dial.plan import Call, keeps_all
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.in_order import read_in_order
 from kvpred_mlx.pair.parts import PairParts
+from kvpred_mlx.taps.states import holds_states
 
 
 def read_prompt(
@@ -30,8 +32,13 @@ def read_prompt(
     """
     tokens = inputs.shape[1]
     lags, lengths = entry.lags(), entry.lengths(tokens)
-    call = _call(pair, dial, tokens, base_cache, entry)
     short = tokens < pair.min_prompt_tokens
+    if (dial.top or (dial and lengths is not None)) and holds_states(base_cache):
+        if not short:
+            return read_in_order(pair, dial, inputs, base_cache, entry)
+        entry.read_on(inputs, all_read=False)
+        return pair.base(inputs, cache=base_cache)
+    call = _call(pair, dial, tokens, base_cache, entry)
     aside = copy.deepcopy(base_cache) if short else None
     read = tokens if short else call.read
     spans = call.spans()

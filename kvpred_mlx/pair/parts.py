@@ -69,7 +69,8 @@ class PairParts(nn.Module):
     @property
     def heard_layers(self) -> int | None:
         """How many attention layers of the reader are there to be listened to (None: all)."""
-        return self.reader.depth if isinstance(self.reader, FirstLayersReader) else None
+        reader = self.reader
+        return reader.heard_layers(reader.depth) if isinstance(reader, FirstLayersReader) else None
 
     @property
     def auxiliary_taps(self) -> KVTaps:

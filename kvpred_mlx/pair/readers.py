@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
 from kvpred_mlx.pair.sources import Features, feature_widths, layers_read, record
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
-from kvpred_mlx.taps.states import states
+from kvpred_mlx.taps.states import holds_keys, states
 
 PROBE_TOKENS = 8
 
@@ -51,6 +52,12 @@ class Reader(Protocol):
 
     def begin(self, tokens: mx.array, call: Call, read: int, entry: AuxiliaryCache) -> Filling:
         """Begin a call with `tokens` [B, L], the first `read` of which are read."""
+        ...
+
+    def begin_in_order(
+        self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
+    ) -> tuple[Filling, Heard]:
+        """Begin a call whose spans depend on what is heard; `cache` is the base's, and stays as it is."""
         ...
 
 
@@ -128,6 +135,12 @@ class AuxiliaryReader:
         with listening as heard:
             features = self.read(tokens[:, :read], entry) if read else []
         return _Injecting(self._base, self._predictor, tokens, features, heard)
+
+    def begin_in_order(
+        self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
+    ) -> tuple[Filling, Heard]:
+        filling = self.begin(tokens, call, call.read, entry)
+        return filling, filling.heard
 
 
 class _Injecting:
@@ -264,6 +277,29 @@ class FirstLayersReader:
     def begin(self, tokens: mx.array, call: Call, read: int, entry: AuxiliaryCache) -> Filling:
         return _FirstLayersReading(self, self._base, tokens, call, read)
 
+    def begin_in_order(
+        self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
+    ) -> tuple[Filling, Heard]:
+        filling, heard = self.begin(tokens, replace(call, top=0), call.read, entry), Heard()
+        if call.top:
+            with self.importance.listen(self.heard_layers(self.depth)) as heard:
+                self.fill(tokens, copy.deepcopy(cache))
+        return filling, heard
+
+    def heard_layers(self, depth: int) -> int:
+        """How many of the first `depth` layers' caches hold keys, so that their attention can be listened to.
+
+        Raises:
+            UnsupportedModelError: none.
+        """
+        entries = make_prompt_cache(self._base.model)[:depth]
+        if heard := sum(1 for entry in entries if holds_keys(entry)):
+            return heard
+        raise UnsupportedModelError(
+            f"{self._base.family}: no attention among its first {depth} layers, which the top positions could be "
+            "chosen by"
+        )
+
 
 class _FirstLayersReading:
     """Spans of a call as the first layers read them, each to its depth."""
@@ -278,7 +314,8 @@ class _FirstLayersReading:
         # The last queries choose, also if they stand in the exact end: the first layers read that too.
         beyond = self._read - span.stop
         heard_in = cache if not beyond or keeps_all(cache) else copy.deepcopy(cache)
-        with self._reader.importance.listen(span.depth or self._reader.depth) as self.heard:
+        heard_layers = self._reader.heard_layers(span.depth or self._reader.depth)
+        with self._reader.importance.listen(heard_layers) as self.heard:
             logits = self._fill(span.start, self._read, span.depth, heard_in)
         if heard_in is not cache:
             return self._fill(span.start, span.stop, span.depth, cache)

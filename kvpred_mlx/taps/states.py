@@ -39,6 +39,16 @@ def padded(entry: Any) -> bool:
     return any(getattr(one, "lengths", None) is not None for _, one in _leaves(entry))
 
 
+def holds_keys(entry: Any) -> bool:
+    """Whether a cache entry holds attention keys and values, maybe beside other things."""
+    return any(hasattr(one, "offset") for _, one in _leaves(entry))
+
+
+def holds_states(cache: Sequence[Any]) -> bool:
+    """Whether a prompt cache holds more than attention keys and values: states without positions, second caches."""
+    return any(not hasattr(entry, "offset") for entry in cache)
+
+
 def _leaves(entry: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(entry, CacheList):
         for i, part in enumerate(entry.caches):
