@@ -23,6 +23,7 @@ FOLLOWERS = {
     "mlx_lm.models.base": "kvpred_mlx.scans.depthwise",
     "mlx_lm.models.cache": "kvpred_mlx.pair.auxiliary_cache",
     "mlx_lm.models.gated_delta": "kvpred_mlx.scans.delta_net",
+    "mlx_lm.models.jamba": "kvpred_mlx.scans.jamba",
     "mlx_lm.models.ssm": "kvpred_mlx.scans.state_space",
     "mlx_lm.utils": "kvpred_mlx.pair.in_mlx_lm",
 }

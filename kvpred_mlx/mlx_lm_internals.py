@@ -97,6 +97,7 @@ USED: dict[str, dict[str, str]] = {
     },
     # scans/: what has another form on MLX's CPU backend; what takes other parameters there is left alone
     "mlx_lm.models.gated_delta": {"gated_delta_ops": "q k v g beta state mask"},
+    "mlx_lm.models.jamba": {"JambaMambaMixer": "", "JambaMambaMixer.ssm_step": "x A state"},
     "mlx_lm.models.ssm": {
         "compute_dt": "dt dt_bias time_step_limit",
         "ssm_attn": "x A_log B C D dt dt_bias state time_step_limit mask lengths step",

@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, ssm
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.jamba import JambaMambaMixer
 from processes import python
 
 from kvpred_mlx.scans import delta_net, depthwise, state_space, when
@@ -243,6 +244,24 @@ def test_other_convolutions_are_mlx_s_own(conv, monkeypatch):
     monkeypatch.setattr(depthwise, "convolve", None)
     x = normal(2, 40, 6, key=1)
     same([conv(x)], [their_conv(conv, x)], tolerance=0)
+
+
+@on_cpu_only
+@pytest.mark.parametrize("given", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("tokens", [1, 9, 30])
+def test_jamba(tokens, given):
+    mixer = next(layer.mamba for layer in families.build("jamba").layers if not layer.is_attn)
+    width, kept = mixer.A_log.shape
+    x, a = normal(2, tokens, width, key=1), -mx.exp(mixer.A_log)
+    state = normal(2, width, kept, key=2) if given else None
+    theirs = JambaMambaMixer.ssm_step.__wrapped__
+    same(mixer.ssm_step(x, a, state), theirs(mixer, x, a, state))
+    weights = normal(2, tokens, width, key=3)
+    found, expected = (
+        mx.grad(lambda x, step=step: (step(mixer, x, a, state)[0] * weights).sum())(x)
+        for step in (JambaMambaMixer.ssm_step, theirs)
+    )
+    same([found], [expected])
 
 
 class Calls:

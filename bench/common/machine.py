@@ -17,7 +17,7 @@ import mlx.core as mx
 import psutil
 
 from kvpred_mlx import _blas
-from kvpred_mlx.pair.cpu_prefill import on_cpu
+from kvpred_mlx.scans.when import on_cpu
 
 PACKAGES = ("kvpred-mlx", "mlx", "mlx-lm", "numpy", "scipy")
 BUSY = 0.25  # share of the cores that others may use before the report warns

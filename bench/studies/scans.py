@@ -165,8 +165,8 @@ def _read(model: nn.Module, tokens: mx.array) -> tuple[float, dict[str, mx.array
     model(tokens, cache=cache)
     mx.eval([entry.state for entry in cache])
     seconds = time.perf_counter() - start
-    held = tree_flatten([entry.state for entry in cache])
-    return seconds, {name: x for name, x in held if isinstance(x, mx.array)}
+    held = dict(tree_flatten([entry.state for entry in cache]))
+    return seconds, {name: x for name, x in held.items() if isinstance(x, mx.array)}
 
 
 def _difference(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:

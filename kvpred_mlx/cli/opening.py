@@ -141,7 +141,7 @@ def open_for_measuring(
             mx.eval(opened.pair.parameters())
         return opened
     from kvpred_mlx.bench.common.presets import build_preset
-    from kvpred_mlx.pair.cpu_prefill import on_cpu
+    from kvpred_mlx.scans.when import on_cpu
 
     name = preset_name(preset)
     default = "float32" if on_cpu() else "bfloat16"

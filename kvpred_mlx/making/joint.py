@@ -14,10 +14,10 @@ from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import KVPredictionLoss, LossWeights
 from kvpred_mlx.making.settings import TrainingSettings
-from kvpred_mlx.pair.cpu_prefill import on_cpu
 from kvpred_mlx.pair.links import float_type
 from kvpred_mlx.pair.loading import own_auxiliary, quantization_config
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.scans.when import on_cpu
 
 
 def joint_trainer(

@@ -13,8 +13,8 @@ from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.moments import Moments
 from kvpred_mlx.making.recording import Recording
 from kvpred_mlx.pair import sources
-from kvpred_mlx.pair.cpu_prefill import on_cpu
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
+from kvpred_mlx.scans.when import on_cpu
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 Target = tuple[int, int]  # a base layer, and 0 for its keys or 1 for its values

@@ -16,17 +16,13 @@ import mlx.core as mx
 
 from kvpred_mlx import _blas
 from kvpred_mlx.pair.sources import Features
+from kvpred_mlx.scans.when import on_cpu
 
 PIECE_TOKENS = 128
 MIN_PIECE_TOKENS = 48
 MAX_STREAMS = 4  # a wavefront of more would wait for itself: each piece needs the one before
 
 _streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(MAX_STREAMS)]
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def default_streams() -> list[mx.ThreadLocalStream]:
