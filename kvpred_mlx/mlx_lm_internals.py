@@ -22,6 +22,11 @@ USED: dict[str, dict[str, str]] = {
     # generation/: processing a prompt, and speculative decoding after it; cli/generate.py: a flag's type;
     # bench/ttft/, bench/evaluate/batches.py: mlx-lm's own generation
     "mlx_lm.generate": {
+        "ArraysCache": "size left_padding",
+        "ArraysCache.batch_size": "",
+        "ArraysCache.cache": "",
+        "ArraysCache.left_padding": "",
+        "ArraysCache.lengths": "",
         "BatchGenerator": "model max_tokens stop_tokens sampler completion_batch_size prefill_batch_size "
         "prefill_step_size",
         "BatchGenerator.close": "",

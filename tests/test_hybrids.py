@@ -13,7 +13,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from pairs import first_layers_reference, make_first_layers_pair, make_pair, tokens
 
 from kvpred_mlx import ExactPositions, KVPredictionModel, UnsupportedModelError
-from kvpred_mlx.generation.repair import Repair
+from kvpred_mlx.generation.repair import RepairingModel
 from kvpred_mlx.pair.in_order import BLOCK_TOKENS
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
@@ -21,7 +21,7 @@ from kvpred_mlx.taps.states import states
 
 TOLERANCE = 1e-4
 
-# (base, auxiliary): delta nets, short convolutions, Mamba, token shifts; states alone on either side; mixed in one layer.
+# (base, auxiliary): delta nets, short convolutions, Mamba, token shifts; states alone on either side; mixed in a layer.
 PAIRS = [
     ("qwen3_5", "qwen3"),
     ("qwen3_5", "qwen3_5"),
@@ -190,7 +190,7 @@ def test_the_tokens_that_are_listened_to_decide():
     plain.exact_positions = None
     exact = model.make_cache()
     model(prompt, cache=exact, exact=True)
-    assert 0 < difference(dialled, exact) and difference(prefill(plain, prompt), dialled) > 0
+    assert difference(dialled, exact) > 0 and difference(prefill(plain, prompt), dialled) > 0
 
 
 def test_no_attention_that_could_choose():
@@ -220,7 +220,7 @@ def test_a_padded_batch_with_a_dial(dial):
 @pytest.mark.parametrize("base", EASY)
 def test_repair(base, source):
     pair = pair_of(base, "qwen3") if source == "auxiliary" else make_first_layers_pair(base, (2,))
-    prompt, answer, model = tokens(80, 1), tokens(40, 2), Repair(pair, budget=1.0)
+    prompt, answer, model = tokens(80, 1), tokens(40, 2), RepairingModel(pair, budget=1.0)
     cache = pair.make_cache()
     model(prompt, cache=cache)
     mx.eval([c.state for c in cache])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +16,6 @@ from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.shaken import shaken
 from kvpred_mlx.taps.sites import project
 from kvpred_mlx.taps.states import states
-
-if TYPE_CHECKING:
-    from kvpred_mlx.taps.kv_taps import KVTaps
 
 Run = Callable[[mx.array, list[Any] | None, OnCall, Flow], mx.array]
 PROOF_TOKENS = 16
@@ -54,7 +51,20 @@ def reached_columns(
         yield reached[0], reached[1]
 
 
-def check_injection(taps: KVTaps, vocabulary: int, entries: set[int] | None = None) -> None:
+class Injectable(Protocol):
+    """What is asked of a model's `KVTaps`."""
+
+    family: str
+    model: nn.Module
+    widths: list[tuple[int, int]]
+    tails: list[int | None]
+
+    def inject(
+        self, kv: Sequence[KV], tokens: mx.array, cache: list[Any], *, logits: bool, noise: mx.array
+    ) -> mx.array: ...
+
+
+def check_injection(taps: Injectable, vocabulary: int, entries: set[int] | None = None) -> None:
     """Prove that the cache depends on nothing but the injected arrays: other tokens, other fill, same cache.
 
     Args:
@@ -65,7 +75,7 @@ def check_injection(taps: KVTaps, vocabulary: int, entries: set[int] | None = No
     Raises:
         UnsupportedModelError: it does depend on more.
     """
-    keys = mx.random.split(mx.random.key(0), len(taps))
+    keys = mx.random.split(mx.random.key(0), len(taps.widths))
     rows = [PROOF_TOKENS if tail is None else min(tail, PROOF_TOKENS) for tail in taps.tails]
     kv = [
         KV(mx.random.normal((1, PROOF_TOKENS, w), key=k), mx.random.normal((1, n, v), key=k))
