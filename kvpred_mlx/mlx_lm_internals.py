@@ -22,11 +22,6 @@ USED: dict[str, dict[str, str]] = {
     # generation/: processing a prompt, and speculative decoding after it; cli/generate.py: a flag's type;
     # bench/ttft/, bench/evaluate/batches.py: mlx-lm's own generation
     "mlx_lm.generate": {
-        "ArraysCache": "size left_padding",
-        "ArraysCache.batch_size": "",
-        "ArraysCache.cache": "",
-        "ArraysCache.left_padding": "",
-        "ArraysCache.lengths": "",
         "BatchGenerator": "model max_tokens stop_tokens sampler completion_batch_size prefill_batch_size "
         "prefill_step_size",
         "BatchGenerator.close": "",
@@ -55,8 +50,12 @@ USED: dict[str, dict[str, str]] = {
     },
     # pair/auxiliary_cache.py, dial/, taps/sites.py, bench/front/sparse.py: cache entries, ours among them
     "mlx_lm.models.cache": {
+        "ArraysCache": "size left_padding",
+        "ArraysCache.batch_size": "",
+        "ArraysCache.cache": "",
+        "ArraysCache.left_padding": "",
+        "ArraysCache.lengths": "",
         "BatchKVCache": "left_padding",
-        "BatchKVCache.left_padding": "",
         "BatchRotatingKVCache": "max_size left_padding",
         "CacheList": "",
         "CacheList.caches": "",

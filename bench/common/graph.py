@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +24,20 @@ def primitives(function: Callable[..., Any], *arrays: mx.array) -> list[tuple[st
             inputs, outputs = ([shape for _, shape, _ in part[side]] for side in ("inputs", "outputs"))
             found.append((part["name"], inputs, outputs))
 
-    mx.export_function(visit, function, *arrays)
+    with _exportable():
+        mx.export_function(visit, function, *arrays)
     return found
+
+
+@contextmanager
+def _exportable() -> Iterator[None]:
+    """MLX cannot export `mx.contiguous`, which computes nothing."""
+    contiguous = mx.contiguous
+    mx.contiguous = lambda array, *args, **kwargs: array
+    try:
+        yield
+    finally:
+        mx.contiguous = contiguous
 
 
 def fill(model: nn.Module) -> Step:

@@ -94,7 +94,7 @@ def _dial(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     return Method(
         title, lambda pair, budget: dialled(pair, dial(budget)),
         lambda pair, n, budget: dial_flops(pair, dial(budget), n),
-        needs=("top", "rows") if dial(0.5).top else (),
+        needs=("top",) if dial(0.5).top else (),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
         auxiliary = Cost(read(pair), reader_caches(pair)).until(n - 1)
         return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
 
-    return Method(title, prefill, flops, needs=("top", "rows", "drop"))
+    return Method(title, prefill, flops, needs=("top", "drop"))
 
 
 def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:
@@ -152,8 +152,8 @@ METHODS: dict[str, Method] = {
 def usable(pair: KVPredictionModel, names: list[str]) -> dict[str, str]:
     """Which of the methods the pair's families cannot do, and why."""
     checks = {
-        "top": pair.importance.check,
         "rows": pair.rows.check,
+        "top": pair.check_top,
         "drop": lambda: check_windows(pair.base),
         "auxiliary": lambda: pair.auxiliary_model,
     }

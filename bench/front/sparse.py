@@ -1,17 +1,25 @@
 """Token dropping: a base's cache that holds some of a prompt's tokens only, at their own positions.
 
 The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole
-prompt, and attend to one another alone; whatever comes later stands at its own position too.
+prompt, and attend to one another alone; whatever comes later stands at its own position too.  Where there are states they are read
+run after run instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ConcatenateKVCache, KVCache, create_attention_mask, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ConcatenateKVCache,
+    KVCache,
+    create_attention_mask,
+    make_prompt_cache,
+)
 
 from kvpred_mlx.dial.plan import Call
 from kvpred_mlx.dial.positions import ExactPositions
@@ -50,6 +58,8 @@ def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
         ValueError: the base has sliding windows, which count tokens that are dropped.
     """
     check_windows(pair.base)
+    if pair.reads_in_order:
+        return _drop_in_order(pair.base, columns)
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         kept, (B, n) = columns(prompt[:, :-1]), prompt[:, :-1].shape
@@ -65,13 +75,45 @@ def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
     return prefill
 
 
+def _drop_in_order(base: nn.Module, columns: Columns) -> Prefill:
+    """The same on a base with states: the kept tokens one run after the other, keys at their own positions."""
+
+    def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
+        kept, n = columns(prompt[:, :-1]), prompt.shape[1] - 1
+        if prompt.shape[0] > 1:
+            raise ValueError(f"{prompt.shape[0]} prompts at once, expected one: each keeps other tokens")
+        places: Any = kept[0].tolist()
+        cache = [_sparse(entry) for entry in make_prompt_cache(base)]
+        starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
+        for start, stop in pairwise([*starts, len(places)]):
+            _move(cache, places[start] - start)
+            base(prompt[:, places[start] : places[stop - 1] + 1], cache=cache)
+        _move(cache, n - len(places))
+        return base, cache
+
+    return prefill
+
+
+def _sparse(entry: Any) -> Any:
+    return SparseKVCache(0) if type(entry) is KVCache else entry
+
+
+def _move(cache: list[Any], dropped: int) -> None:
+    """Let the next token stand behind `dropped` tokens that were left out."""
+    for entry in cache:
+        if isinstance(entry, SparseKVCache):
+            entry.offset += dropped - entry.dropped
+            entry.dropped = dropped
+
+
 def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Prefill:
     """The base processes the end of the prompt only, as one piece."""
     check_windows(base)
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         n = prompt.shape[1] - 1
-        cache = [SparseKVCache(n - count(n)) for _ in make_prompt_cache(base)]
+        cache = [_sparse(entry) for entry in make_prompt_cache(base)]
+        _move(cache, n - count(n))
         base(prompt[:, n - count(n) : -1], cache=cache)
         return base, cache
 
@@ -107,7 +149,10 @@ def at_random(count: Callable[[int], int], seed: int) -> Columns:
 
 
 def check_windows(base: nn.Module) -> None:
-    """Refuse a base with sliding windows."""
-    names = sorted({type(c).__name__ for c in make_prompt_cache(base) if type(c) is not KVCache})
+    """Refuse a base with sliding windows, or with several caches in a layer."""
+    entries = make_prompt_cache(base)
+    names = sorted({type(c).__name__ for c in entries if type(c) not in (KVCache, ArraysCache)})
     if names:
-        raise ValueError(f"tokens cannot be dropped from {', '.join(names)}: the base has sliding windows")
+        raise ValueError(
+            f"tokens cannot be dropped from {', '.join(names)}: the base has sliding windows or several caches in a layer"
+        )

@@ -141,5 +141,5 @@ CONFIGS = {
         "base": nemotron(256, 8, 2, 1, 1024, head_dim=128),
         "auxiliary": nemotron(160, 4, 2, 1, 640),
     },
-    "hybrid": {"base": qwen3_5(256, 8, 2, 640, 64, 4), "auxiliary": qwen3_5(160, 4, 2, 400, 64, 2)},
+    "hybrid": {"base": qwen3_5(128, 8, 2, 320, 32, 4), "auxiliary": qwen3_5(96, 4, 2, 240, 32, 2)},
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from kvpred_mlx.generation.chunks import process_prompt
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.taps.states import holds_states
 
 AUXILIARY = "auxiliary"  #: the draft's name in flags and requests
 
@@ -59,6 +60,12 @@ class AuxiliaryDraft:
         entry = prompt_cache[-1]
         if not isinstance(entry, AuxiliaryCache):
             raise ValueError("the auxiliary drafts from a prompt cache made by the pair's make_cache()")
+        for model in (self._pair.base, self._pair.auxiliary_model):
+            if holds_states(whole := make_prompt_cache(model)) and not can_trim_prompt_cache(whole):
+                raise ValueError(
+                    f"{getattr(model, 'model_type', 'a model')} keeps states that cannot be wound back to before a "
+                    "draft: no speculative decoding"
+                )
         if num_draft_tokens + 1 >= self._pair.min_prompt_tokens:
             raise ValueError(
                 f"{num_draft_tokens} draft tokens, expected fewer than {self._pair.min_prompt_tokens - 1}: "

@@ -88,8 +88,7 @@ class Mode:
             ValueError: it has no maps for a depth.
         """
         if self.positions and self.positions.top:
-            pair.rows.check()
-            pair.importance.check()
+            pair.check_top()
         for depth, _ in self.positions.depth if self.positions else ():
             if not isinstance(pair.predictor, FirstLayersPredictor):
                 raise ValueError(

@@ -18,6 +18,7 @@ from kvpred_mlx.pair.readers import AuxiliaryReader, FirstLayersReader, Reader
 from kvpred_mlx.pair.sources import Features
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
+from kvpred_mlx.taps.states import holds_states
 
 
 class PairParts(nn.Module):
@@ -65,6 +66,22 @@ class PairParts(nn.Module):
     def importance(self) -> Importance:
         """Who tells which tokens matter: the reader."""
         return self.reader.importance
+
+    def check_top(self) -> None:
+        """Make sure that positions can be chosen and made exact: each by itself, or in blocks where there are states.
+
+        Raises:
+            UnsupportedModelError: they cannot.
+        """
+        self.importance.check()
+        if not self.reads_in_order:
+            self.rows.check()
+        _ = self.heard_layers
+
+    @property
+    def reads_in_order(self) -> bool:
+        """Whether the base keeps more than attention keys and values, so that exact spans are read in their order."""
+        return holds_states(make_prompt_cache(self.base))
 
     @property
     def heard_layers(self) -> int | None:
