@@ -87,12 +87,21 @@ def _reading_flops(pair: KVPredictionModel, call: Call) -> int:
 
 
 def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
-    """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs."""
+    """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs.
+
+    Where exact spans are read in order, first layers read twice: once to be listened to.
+    """
+    twice = pair.reads_in_order and pair.first_layers_reader is not None
 
     def listened(tokens: mx.array, cache: list[Any]) -> Any:
         with pair.importance.listen(pair.heard_layers) as heard:
             made = read(pair)(tokens, cache)
-        return [made, heard.scores(tokens.shape[1], tokens.shape[1], [0])]
+        scores = heard.scores(tokens.shape[1], tokens.shape[1], [0])
+        return [scores] if twice else [made, scores]
+
+    if twice:
+        function, arrays = after(0, (1, tokens), listened, reader_caches(pair))
+        return graph_flops(function, *arrays)
 
     both, alone = (
         graph_flops(function, *arrays)

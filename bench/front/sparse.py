@@ -1,8 +1,8 @@
 """Token dropping: a base's cache that holds some of a prompt's tokens only, at their own positions.
 
 The tokens are processed as rows (`kvpred_mlx.dial.rows`), each at the position that it has in the whole
-prompt, and attend to one another alone; whatever comes later stands at its own position too.  Where there are states they are read
-run after run instead.
+prompt, and attend to one another alone; whatever comes later stands at its own position too.  Where there are
+states they are read run after run instead.
 """
 
 from __future__ import annotations
@@ -154,5 +154,6 @@ def check_windows(base: nn.Module) -> None:
     names = sorted({type(c).__name__ for c in entries if type(c) not in (KVCache, ArraysCache)})
     if names:
         raise ValueError(
-            f"tokens cannot be dropped from {', '.join(names)}: the base has sliding windows or several caches in a layer"
+            f"tokens cannot be dropped from {', '.join(names)}: the base has sliding windows, or several caches in a "
+            "layer"
         )

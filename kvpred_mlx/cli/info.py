@@ -46,6 +46,7 @@ def _text(facts: dict[str, Any]) -> str:
     else:
         lines.append(f"layer map: {','.join(map(str, facts['layer_map']))}")
         lines.append(f"source:    {facts['source']}")
+    lines += _places(facts["places"])
     context = facts["context_length"]
     lines.append(f"context:   {f'{context} tokens' if context else 'not stated'}")
     lines.append(f"predicts prompts of more than {facts['min_prompt_tokens']} tokens")
@@ -54,6 +55,20 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"exact positions by default: {dial}")
     lines.append(f"tokenizer: {'yes' if facts['tokenizer'] else 'none, token ids only'}")
     return "\n".join(lines)
+
+
+def _places(places: list[dict[str, Any]]) -> list[str]:
+    """What is predicted, if it is not the same kind of thing in all layers."""
+    layers: dict[str, list[int]] = {}
+    for place in places:
+        window = f", some of it of the last {place['window']} positions only" if place["window"] else ""
+        layers.setdefault(", ".join(place["projections"]) + window, []).append(place["layer"])
+    if len(layers) == 1:
+        return []
+    return [
+        f"{'predicts:' if not i else '':<11}{what} (layers {','.join(map(str, of))})"
+        for i, (what, of) in enumerate(layers.items())
+    ]
 
 
 def _quantization(part: dict[str, Any]) -> str:

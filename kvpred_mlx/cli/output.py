@@ -95,6 +95,7 @@ def show_figures(figures: list[Quality], mode: str = "predicted") -> None:
             estimates = (modes[metric] for modes in quality.modes.values())
             table.add_row(title, *(f"{e.mean:.3f} {e.low:.2f}-{e.high:.2f}" for e in estimates))
         console.print(table)
-        for name, values in quality.explained_variance.items():
-            shown = " ".join(f"{v:.2f}" for v in values)
+        for name, layers in quality.explained().items():
+            every = len(layers) == len(quality.explained_variance["keys"])
+            shown = " ".join(f"{v:.2f}" if every else f"{i}: {v:.2f}" for i, v in layers.items())
             console.print(f"explained variance of {name} by layer: {shown}", markup=False, highlight=False)

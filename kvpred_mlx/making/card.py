@@ -80,9 +80,7 @@ def quality_markdown(quality: Quality) -> str:
     )
     lines = [f"| prompt cache | {' | '.join(TITLES.values())} |", "| --- |" + " --- |" * len(TITLES)]
     lines += [f"| {name} | {' | '.join(quality_cells(figures))} |" for name, figures in quality.modes.items()]
-    variances = [
-        f"{name} {_range(values)}" for name, values in quality.explained_variance.items() if any(values)
-    ]
+    variances = [f"{name} {_range(list(layers.values()))}" for name, layers in quality.explained().items()]
     return "\n".join([heading, "", *lines, "", f"Explained variance over layers: {', '.join(variances)}."])
 
 

@@ -15,7 +15,7 @@ class ExplainedVariance:
     """Sums for the explained variance of predicted keys and values, layer by layer."""
 
     def __init__(self, pair: KVPredictionModel):
-        self._count = 0
+        self._count, self._places = 0, pair.base_taps.places
         self._sums = [[_Deviation(width) for width in widths] for widths in pair.base_taps.widths]
 
     def add(self, true: Sequence[KV], predicted: Sequence[KV]) -> None:
@@ -33,19 +33,43 @@ class ExplainedVariance:
             for name, part in zip(("keys", "values"), parts, strict=True)
         }
 
+    def by_place(self) -> list[dict[str, float]]:
+        """The same for every place (`kvpred_mlx.taps.places`) of every layer, by the place's name."""
+        found = []
+        for places, sums in zip(self._places, self._sums, strict=True):
+            named, starts = dict[str, float](), [0, 0]
+            for place in places:
+                stops = [start + width for start, width in zip(starts, place.widths, strict=True)]
+                parts = [
+                    deviation.sums(self._count, slice(start, stop))
+                    for deviation, start, stop in zip(sums, starts, stops, strict=True)
+                ]
+                errors, total = (sum(part) for part in zip(*parts, strict=True))
+                named[place.name], starts = _share(errors, total), stops
+            found.append(named)
+        return found
+
 
 class _Deviation:
     def __init__(self, width: int):
-        self._errors, self._sum, self._squares = 0.0, np.zeros(width), 0.0
+        self._errors, self._sum, self._squares = np.zeros(width), np.zeros(width), np.zeros(width)
 
     def add(self, predicted: mx.array, true: mx.array) -> None:
         p, t = (
             np.array(a.astype(mx.float32)).reshape(-1, a.shape[-1]).astype(float) for a in (predicted, true)
         )
-        self._errors += float(((p - t) ** 2).sum())
+        self._errors += ((p - t) ** 2).sum(0)
         self._sum += t.sum(0)
-        self._squares += float((t * t).sum())
+        self._squares += (t * t).sum(0)
+
+    def sums(self, count: int, columns: slice) -> tuple[float, float]:
+        """Squared errors and squared deviations from the mean of some columns."""
+        deviations = self._squares[columns] - self._sum[columns] ** 2 / count
+        return float(self._errors[columns].sum()), float(deviations.sum())
 
     def explained(self, count: int) -> float:
-        total = self._squares - float((self._sum**2).sum()) / count
-        return 1 - self._errors / total if total > 0 else 0.0
+        return _share(*self.sums(count, slice(None)))
+
+
+def _share(errors: float, total: float) -> float:
+    return 1 - errors / total if total > 0 else 0.0

@@ -37,6 +37,8 @@ class Quality:
         explained_variance: of the base's raw keys and values by the predicted ones, for each layer.
         gains: for each mode, its figures less those of one of them, with intervals of the difference, document by
             document.
+        explained_places: explained variances of every projection that makes a part of what a layer keeps, by its name;
+            none unless the base keeps states.
     """
 
     prompt_tokens: int
@@ -46,6 +48,21 @@ class Quality:
     modes: dict[str, dict[str, Estimate]]
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
     gains: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    explained_places: list[dict[str, float]] = field(default_factory=list)
+
+    def explained(self) -> dict[str, dict[int, float]]:
+        """Explained variances by what is predicted and layer: keys and values, or places where there are states."""
+        if not self.explained_places:
+            return {
+                name: dict(enumerate(values))
+                for name, values in self.explained_variance.items()
+                if any(values)
+            }
+        names = dict.fromkeys(name for places in self.explained_places for name in places)
+        return {
+            name: {i: places[name] for i, places in enumerate(self.explained_places) if name in places}
+            for name in names
+        }
 
 
 def modes_of(pair: KVPredictionModel) -> dict[str, Prefill]:
@@ -118,6 +135,7 @@ def measure(
     return Quality(
         windows.prompts.shape[1], windows.continuations.shape[1], len(windows), len(set(windows.documents)),
         _estimates(means), variance.explained(), _estimates(gains),
+        variance.by_place() if pair.reads_in_order else [],
     )  # fmt: skip
 
 

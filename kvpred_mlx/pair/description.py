@@ -39,6 +39,16 @@ def describe(path: Path, **others: Any) -> dict[str, Any]:
         "predictor": _part(model.predictor),
         "layer_map": list(model.predictor.layer_map),
         "source": model.predictor.source,
+        "places": [
+            {
+                "layer": model.base_taps.layer_of(i),
+                "window": tail,
+                "projections": [place.name for place in places],
+            }
+            for i, (places, tail) in enumerate(
+                zip(model.base_taps.places, model.base_taps.tails, strict=True)
+            )
+        ],
         "first_layers": depths and list(depths),
         "min_prompt_tokens": model.min_prompt_tokens,
         "exact_positions": model.exact_positions.as_dict() if model.exact_positions else None,
