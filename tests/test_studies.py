@@ -17,13 +17,13 @@ import kvpred_mlx
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.readme import RESULTS
 from kvpred_mlx.bench.recipe import real_report
-from kvpred_mlx.bench.studies import convert_memory, pieces, scans
+from kvpred_mlx.bench.studies import convert_memory, hybrids, pieces, scans
 
 STUDIES = [
     f"studies.{name}"
     for name in (
-        "compare_sources", "draft", "first_layers", "fit_cost", "pieces", "predictor_forms", "repair", "scans",
-        "soak",
+        "compare_sources", "draft", "first_layers", "fit_cost", "hybrids", "pieces", "predictor_forms", "repair",
+        "scans", "soak",
     )
 ]  # fmt: skip
 RECIPES = ["recipe.demo_pair", "recipe.real_pairs", "recipe.real_report"]
@@ -82,6 +82,7 @@ def test_unknown_options(run, name):
         ("studies.pieces", ["--preset", "gpt-5"], 2, ["--preset", "gpt-5", "openelm-1_1b:openelm-270m"]),
         ("studies.pieces", ["--prompt-lens", "512,x"], 2, ["--prompt-lens", "'x'"]),
         ("studies.scans", ["--layers", "6"], 2, ["--layers 6", "multiples"]),
+        ("studies.hybrids", ["--layers", "6"], 2, ["--layers 6", "multiples"]),
         ("studies.soak", ["--requests", "0"], 2, ["--requests"]),
         ("studies.compare_sources", ["--folder", "/nowhere"], 1, ["/nowhere"]),
         ("recipe.demo_pair", ["--iters", "1,2"], 2, ["--iters", "'1,2'", "9 numbers", "sharpened"]),
@@ -107,6 +108,14 @@ def test_pieces():
     for _, _, seconds in found:
         assert list(seconds) == ["whole", "pieces", "pieces on streams"] and min(seconds.values()) > 0
     assert told[-1] == (pieces.TRIALS, pieces.TRIALS + 1, "base, 39 tokens")
+
+
+@pytest.mark.parametrize("family", scans.FAMILIES)
+def test_hybrids(family):
+    (row,) = hybrids.measure(family, 4, 128, [40], trials=1)
+    # Half of the layers: of FLOPs a little less than twice as many, the maps count too.
+    assert 1 < row.allowed < 2 and f"{family}, 40 tokens" in hybrids.text(row)
+    assert row.injected.median > 0 < row.sooner.median
 
 
 @pytest.mark.parametrize("family", scans.FAMILIES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from kvpred_mlx.bench.common.pairs import dtype_name
@@ -28,6 +29,7 @@ from kvpred_mlx.generation.stream import stream_generate
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.progress import ProgressCallback, no_progress
+from kvpred_mlx.taps.states import holds_states
 
 SCHEMA = 1
 WHOLE = "whole task"  # the id under which a task of lm-eval's is written down
@@ -113,10 +115,12 @@ class Evaluation:
         return (self.settings.batch_size or 1) > 1
 
     def _check_batches(self) -> None:
-        """Rows of a batch stand at different positions, as the dial's do."""
-        answering = [self.pair.rows] if any(self._modes.values()) else []
-        answering += [ExactRows(self.pair.auxiliary_taps)] if None in self._modes.values() else []
-        if not all(rows.supported for rows in answering):
+        """Rows of a batch stand at different positions, as the dial's do; models with states are told by mlx-lm."""
+        answering = [self.pair.base_taps] if any(self._modes.values()) else []
+        answering += [self.pair.auxiliary_taps] if None in self._modes.values() else []
+        if not all(
+            holds_states(make_prompt_cache(taps.model)) or ExactRows(taps).supported for taps in answering
+        ):
             raise UnsupportedModelError("a model of this pair cannot answer in batches: give --batch-size 1")
 
     def _own(self, name: str, rows: dict[str, Any], progress: ProgressCallback) -> dict[str, list[Record]]:
