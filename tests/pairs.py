@@ -15,6 +15,7 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.pair.sources import feature_widths
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
+from kvpred_mlx.taps.states import states
 
 # (base, auxiliary): separate and fused projections, sliding windows on either side, latent attention.
 PAIRS = [
@@ -73,6 +74,14 @@ def difference(a, b) -> float:
     ]
     assert all(x.shape == y.shape for x, y in pairs), [(x.shape, y.shape) for x, y in pairs]
     return max(float(mx.abs(x - y).max()) for x, y in pairs if x.size)
+
+
+def states_difference(a, b) -> float:
+    """The largest difference between all that two prompt caches' base entries hold, whatever it is."""
+    some, others = states(a[:-1]), states(b[:-1])
+    assert some.keys() == others.keys()
+    assert all(some[key].shape == others[key].shape for key in some)
+    return max(float(mx.abs(some[key] - others[key]).max()) for key in some if some[key].size)
 
 
 def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]]):

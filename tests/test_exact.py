@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import fails
-from families import INJECTABLE, WINDOW, build
+from families import ATTENTION, WINDOW, build
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
@@ -56,7 +56,7 @@ def watched(model):
 # Rows
 
 
-@pytest.mark.parametrize("family", INJECTABLE)
+@pytest.mark.parametrize("family", ATTENTION)
 def test_every_position_as_a_row_is_the_ordinary_prefill(family):
     taps = KVTaps(build(family))
     rows, model = ExactRows(taps), taps.model

@@ -11,6 +11,7 @@ from families import STATES, build
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from pairs import first_layers_reference, make_first_layers_pair, make_pair, tokens
+from pairs import states_difference as difference
 
 from kvpred_mlx import ExactPositions, KVPredictionModel, UnsupportedModelError
 from kvpred_mlx.generation.repair import RepairingModel
@@ -36,14 +37,6 @@ EASY = ["qwen3_5", "lfm2"]
 
 def pair_of(base: str, auxiliary: str, **options) -> KVPredictionModel:
     return make_pair(base, auxiliary, source="hidden", **options)
-
-
-def difference(a, b) -> float:
-    """The largest difference between two prompt caches' base entries."""
-    some, others = states(a[:-1]), states(b[:-1])
-    assert some.keys() == others.keys()
-    assert all(some[key].shape == others[key].shape for key in some)
-    return max(float(mx.abs(some[key] - others[key]).max()) for key in some if some[key].size)
 
 
 def reference(model: KVPredictionModel, parts):
