@@ -14,7 +14,6 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from pairs import (
     difference,
     first_layers_reference,
-    kv_entries,
     make_first_layers_pair,
     states_difference,
     tokens,

@@ -230,10 +230,6 @@ def test_models_that_do_not_fit(models, tmp_path, run, demo_pair):
     parts = ["--base", models / "base", "--data", data, "--mlx-path", tmp_path / "out"]
     code, _out, err = run("fit", *parts, "--auxiliary", other)
     assert code == 1 and "token" in err and "expected the same" in err, err
-    write_model(tmp_path / "recurrent", "mamba", demo_pair[1])
-    fails(
-        run("fit", *parts[2:], "--base", tmp_path / "recurrent", "--auxiliary", models / "small"), 1, "mamba"
-    )
     fails(run("fit", *parts, "--auxiliary", DEMO_PAIR), 1, "a pair already")
     fails(run("fit", *parts, "--auxiliary", tmp_path / "nothing"), 1, "no such directory")
     truncated = tmp_path / "truncated"

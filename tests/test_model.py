@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
+from test_families import leaky_llama
 
 from kvpred_mlx import KVPredictionModel, Predictor, UnsupportedModelError
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
@@ -312,8 +313,8 @@ def test_two_threads_with_two_pairs():
 
 
 def test_wrong_parts_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"mamba.*recurrent"):
-        KVPredictionModel(build("mamba"), build("llama"), Predictor([0], [(1, 1)], [(1, 1)]))
+    with pytest.raises(UnsupportedModelError, match=r"^llama: its cache holds more than"):
+        KVPredictionModel(leaky_llama(), build("llama"), Predictor([0], [(1, 1)], [(1, 1)]))
     with pytest.raises(ValueError, match="predictor does not fit the models: base key and value widths"):
         KVPredictionModel(build("llama"), build("llama"), Predictor([0], [(32, 32)] * 4, [(32, 32)]))
 
