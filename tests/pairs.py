@@ -28,9 +28,13 @@ PAIRS = [
 
 
 @functools.cache
-def widths(source: str, family: str) -> list[tuple[int, int]]:
-    """The widths of a family's features: finding where keys and values come from takes as long as building it."""
-    return feature_widths(source, KVTaps(build(family)))
+def _tapped(family: str) -> KVTaps:
+    return KVTaps(build(family))
+
+
+def tapped(family: str) -> KVTaps:
+    """Taps of a family's tiny model, both of their own: finding where keys and values come from takes as long again."""
+    return copy.deepcopy(_tapped(family))
 
 
 def make_pair(
@@ -41,13 +45,13 @@ def make_pair(
     source: str = "kv",
     **options,
 ):
-    base_model, auxiliary_model = build(base), build(auxiliary)
-    base_widths, auxiliary_widths = widths("kv", base), widths(source, auxiliary)
+    base_taps, auxiliary_taps = tapped(base), tapped(auxiliary)
+    base_widths, auxiliary_widths = base_taps.widths, feature_widths(source, auxiliary_taps)
     n, m = len(base_widths), len(auxiliary_widths)
     layer_map = layer_map or [i * m // n for i in range(n)]
     mx.random.seed(seed)
     return KVPredictionModel(
-        base_model, auxiliary_model, Predictor(layer_map, auxiliary_widths, base_widths, source), **options
+        base_taps, auxiliary_taps, Predictor(layer_map, auxiliary_widths, base_widths, source), **options
     )
 
 
@@ -99,7 +103,7 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
 
 def make_first_layers_pair(base: str | nn.Module = "qwen3", depths=(1,), seed: int = 0, **options):
     """A pair that reads with its base's first layers, with random maps."""
-    taps = KVTaps(build(base) if isinstance(base, str) else base)
+    taps = tapped(base) if isinstance(base, str) else KVTaps(base)
     mx.random.seed(seed)
     predictor = FirstLayersPredictor(depths, taps.input_widths, taps.widths)
     return KVPredictionModel(taps, None, predictor, **options)
