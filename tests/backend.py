@@ -45,7 +45,7 @@ def quantized_matmul(
 ) -> mx.array:
     """What `mx.quantized_matmul` computes."""
     how = {"group_size": group_size, "bits": bits, "mode": mode}
-    if x.ndim < 2 or x.shape[-2] <= FEW_ROWS:
+    if x.size <= FEW_ROWS * x.shape[-1]:
         return _quantized_matmul(x, w, scales, biases, transpose=transpose, **how, **rest)
     whole = mx.dequantize(w, scales, biases, **how, dtype=x.dtype)
     return x @ (whole.swapaxes(-1, -2) if transpose else whole)

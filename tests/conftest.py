@@ -65,6 +65,18 @@ def demo_pair():
     return load(DEMO_PAIR)
 
 
+@pytest.fixture(scope="session")
+def unquantized_pair():
+    """The bundled pair without its quantization, which MLX's CPU backend is slow at: (model, tokenizer)."""
+    from kvpred_mlx import load
+    from kvpred_mlx.cli.making import dequantize
+    from kvpred_mlx.pair.locating import DEMO_PAIR
+
+    model, tokenizer = load(DEMO_PAIR)
+    dequantize(model)
+    return model, tokenizer
+
+
 @pytest.fixture
 def compiling():
     """`mx.compile` compiles, as it does outside the tests (see backend.py)."""

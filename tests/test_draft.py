@@ -20,6 +20,12 @@ PROMPT = (
 )
 
 
+@pytest.fixture(scope="module")
+def demo_pair(unquantized_pair):
+    """A draft is accepted or not in the same way, whatever the weights."""
+    return unquantized_pair
+
+
 def run(model, tokenizer, prompt, max_tokens=24, draft=0, **options):
     if draft:
         options |= {"draft_model": model.auxiliary, "num_draft_tokens": draft}

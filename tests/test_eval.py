@@ -41,6 +41,18 @@ QUICK = Limits(seconds=10, memory_bytes=256 << 20)
 QUICKER = Limits(seconds=1, memory_bytes=256 << 20)
 
 
+@pytest.fixture(scope="module")
+def demo_pair(unquantized_pair):
+    """How answers are scored is the same of any weights."""
+    return unquantized_pair
+
+
+@pytest.fixture(autouse=True)
+def few_counted_lengths(monkeypatch):
+    """Counting FLOPs at a length takes as long as answering several prompts."""
+    monkeypatch.setattr("kvpred_mlx.bench.evaluate.scores.FLOPS_LENGTHS", 2)
+
+
 def test_the_prompts_are_the_paper_s():
     assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][1]) == "Question: Who wrote 'Dracula'?\nAnswer:"
     assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][0]).count("?") == 0
