@@ -4,8 +4,8 @@ KVPRED_MLX_TEST_DEVICE, cpu or gpu, sets the default device, of which mlx_lm mak
 
 On the CPU `mx.compile` compiles nothing but where a test asks for it (the fixture `compiling`): each fused kernel takes
 a second of g++, and the suite would make two hundred.  What the functions compute is the same.  There, too, products of
-many rows with quantized weights are made with the weights in full precision, as MLX's CPU backend is twenty times slower
-with quantized ones; those of few rows, as in decoding, are MLX's own.
+many rows with quantized weights are made with the weights in full precision: MLX's CPU backend is ten times slower with
+quantized ones.  Those of few rows, as in decoding, are MLX's own.
 """
 
 from __future__ import annotations

@@ -85,7 +85,10 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
     `parts` are ("predicted" | "exact", tokens) in order.  The auxiliary reads everything at once.
     """
     everything = mx.concatenate([t for _, t in parts], axis=1)
-    taps, auxiliary = KVTaps(model.base), KVTaps(model.auxiliary)
+    taps, auxiliary = (
+        copy.deepcopy(model.base_taps),
+        copy.deepcopy(model.auxiliary_taps),
+    )  # quicker than new ones
     predicted = model.predictor(auxiliary.record(everything, make_prompt_cache(model.auxiliary))[0])
     cache, start = make_prompt_cache(model.base), 0
     for kind, part in parts:
@@ -101,9 +104,9 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
     return [*cache, None]
 
 
-def make_first_layers_pair(base: str | nn.Module = "qwen3", depths=(1,), seed: int = 0, **options):
+def make_first_layers_pair(base: str | nn.Module | KVTaps = "qwen3", depths=(1,), seed: int = 0, **options):
     """A pair that reads with its base's first layers, with random maps."""
-    taps = tapped(base) if isinstance(base, str) else KVTaps(base)
+    taps = base if isinstance(base, KVTaps) else tapped(base) if isinstance(base, str) else KVTaps(base)
     mx.random.seed(seed)
     predictor = FirstLayersPredictor(depths, taps.input_widths, taps.widths)
     return KVPredictionModel(taps, None, predictor, **options)
@@ -114,7 +117,7 @@ def first_layers_reference(model: KVPredictionModel, parts: list[tuple[int | str
 
     `parts` are (depth or "exact", tokens) in order.
     """
-    taps, cache = KVTaps(model.base), make_prompt_cache(model.base)
+    taps, cache = copy.deepcopy(model.base_taps), make_prompt_cache(model.base)
     for depth, part in parts:
         if depth == "exact":
             model.base(part, cache=cache)

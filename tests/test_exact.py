@@ -11,7 +11,7 @@ from conftest import fails
 from families import INJECTABLE, WINDOW, build
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
+from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tapped, tokens
 
 from kvpred_mlx import ExactPositions, UnsupportedModelError, load_model, save
 from kvpred_mlx.dial.importance import choose
@@ -58,7 +58,7 @@ def watched(model):
 
 @pytest.mark.parametrize("family", INJECTABLE)
 def test_every_position_as_a_row_is_the_ordinary_prefill(family):
-    taps = KVTaps(build(family))
+    taps = tapped(family)
     rows, model = ExactRows(taps), taps.model
     assert rows.supported == (family not in WITHOUT_ROWS)
     before, n = 6, 2 * WINDOW + 4

@@ -11,7 +11,7 @@ import pytest
 from families import INJECTABLE, WINDOW, build
 from mlx.utils import tree_map
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
-from pairs import difference, first_layers_reference, kv_entries, make_first_layers_pair, tokens
+from pairs import difference, first_layers_reference, kv_entries, make_first_layers_pair, tapped, tokens
 
 from kvpred_mlx import ExactPositions, UnsupportedModelError, load_model, save
 from kvpred_mlx.dial.positions import parse_depth
@@ -32,11 +32,11 @@ def prefill(model, *parts):
 @pytest.mark.parametrize("family", INJECTABLE)
 def test_every_family(family):
     """Up to the depth the entries are the exact ones, bit for bit; the others are what a plain computation gives."""
-    base = build(family)
-    depth = (len(KVTaps(base)) - 1) // 2
+    taps = tapped(family)
+    base, depth = taps.model, (len(taps) - 1) // 2
     if depth == 0:
         pytest.skip("too few layers of its own to cut")
-    model = make_first_layers_pair(base, [depth])
+    model = make_first_layers_pair(taps, [depth])
     model.first_layers_reader.check()
     prompt = tokens(2 * WINDOW + 20)
     cache, exact = prefill(model, prompt), make_prompt_cache(base)

@@ -300,7 +300,7 @@ def test_settings_refused():
 WORKER = """
 import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
-import without_torch
+import without_torch, quick_transformers
 import kvpred_mlx, mlx.core as mx
 from test_train import SETTINGS, data
 from pairs import make_pair
