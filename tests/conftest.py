@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,9 @@ THREADS = "OPENBLAS_NUM_THREADS"
 chosen = THREADS in os.environ
 os.environ.setdefault(THREADS, "1")
 
-import quick_transformers  # noqa: F401  # before transformers
 import backend  # first of all that imports MLX
 import numpy  # noqa: F401  # has a BLAS of its own
+import quick_transformers  # noqa: F401  # before transformers
 
 if not chosen:
     del os.environ[THREADS]
@@ -40,10 +41,19 @@ OF_EVERY_FAMILY = "test_own_keys_and_values_injected_with_other_tokens_make_the_
 
 
 def pytest_collection_modifyitems(items):
-    """A test of a family is slow if its family is none of the quick ones: there are about ninety."""
+    """Mark as slow what repeats in another setting what `make test` shows.
+
+    Of a test with `variations` all cases but its first few; and a test of a family, if that is none of the quick ones:
+    there are about ninety.
+    """
     from families import INJECTABLE, QUICK
 
+    seen = Counter()
     for item in items:
+        if variations := item.get_closest_marker("variations"):
+            seen[item.parent.nodeid, item.originalname] += 1
+            if seen[item.parent.nodeid, item.originalname] > (variations.args or (1,))[0]:
+                item.add_marker(pytest.mark.slow)
         if getattr(item, "originalname", "") == OF_EVERY_FAMILY:
             continue
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

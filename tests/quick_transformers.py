@@ -1,4 +1,4 @@
-"""Importing this makes transformers quick to import: what it reads from three thousand files of its own is kept on disk.
+"""Importing this makes transformers quick to import: what it reads from 3,000 files of its own is kept on disk.
 
 That takes it a second, twice, in each of the many processes that the tests start.
 """

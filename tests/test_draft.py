@@ -36,6 +36,7 @@ def token_ids(responses):
     return [r.token for r in responses]
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("draft", "exact", "prompt"),
     [(1, False, PROMPT), (3, False, PROMPT), (8, False, PROMPT), (3, True, PROMPT), (3, False, "x = 1")],
@@ -54,6 +55,7 @@ def test_greedy_text_is_that_without_a_draft(demo_pair, monkeypatch, draft, exac
     assert "drafted tokens accepted" in footer(last) and "Draft" not in footer(plain[-1])
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("step", [7, 2048])
 def test_turns_in_one_cache(demo_pair, step):
     """The second turn finds the auxiliary where the first left it, whatever was accepted last."""
@@ -95,6 +97,7 @@ def test_the_draft_processes_no_prompt(demo_pair, monkeypatch):
     assert len(drafts) >= 8
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("names", PAIRS)
 def test_families(names, demo_pair):
     model = make_pair(*names)
@@ -136,6 +139,7 @@ def test_an_auxiliary_equal_to_the_base_is_always_accepted(demo_pair):
     assert last.accepted == 30 and last.drafted == 30
 
 
+@pytest.mark.slow
 def test_sampling_is_repeatable(demo_pair):
     from mlx_lm.sample_utils import make_sampler
 

@@ -92,6 +92,7 @@ def test_fused_projections_are_lazy_too():
     assert difference(prefill(model, prompt), expected) == 0
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("base", ["qwen3", "openelm", "gemma3_text", "deepseek_v3"])
 @pytest.mark.parametrize("cuts", [(40, 33), (73,), (40, 5, 28)])
 def test_chunks(base, cuts):

@@ -104,6 +104,7 @@ def test_every_name_in_the_schema_is_documented(front):
     assert not {name for name in names if f"`{name}`" not in page}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, monkeypatch):
     """Interrupted twice: after the first cell's recall, and after the recall of all cells of the first length."""
     kept, calls, before = [], [], None

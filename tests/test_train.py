@@ -118,6 +118,7 @@ def test_quantized_parts():
     assert not same(before, weights(pair.predictor))
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary):
     pair = make_pair(base, auxiliary)
@@ -182,6 +183,7 @@ def states_of_four_steps(tmp_path_factory):
     return folder
 
 
+@pytest.mark.variations(3)
 @pytest.mark.parametrize("file", ["config.json", "trainable.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
 def test_a_damaged_state_is_named_and_the_older_one_used(
