@@ -112,6 +112,7 @@ def test_families(names, demo_pair):
         assert token_ids(drafted) == token_ids(plain)
 
 
+@pytest.mark.slow
 def test_an_auxiliary_that_is_not_read_to_its_end_runs_whole(demo_pair):
     """Prediction needs the first layers only; the draft's cache holds all of them, filled by the same prefill."""
     model = make_pair(layer_map=[0, 0, 1, 1])

@@ -346,6 +346,7 @@ def test_bundled_ones_have_names(copy, run, monkeypatch):
 SHIPPED = sorted(set(BUNDLED) - {"pycode"})
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_predictor_is_whole(name):
     """As far as can be told without its models: everything of it is there, and gives numbers."""

@@ -447,7 +447,7 @@ def test_train_as_used(models, tmp_path, run, reads):
     assert (out / "config.json").exists() and not out.with_name("fresh.recording").exists()
 
 
-@pytest.mark.variations
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--as-used", "--windows", 4], []])
 def test_train_on_quantized_maps(models, tmp_path, run, how):
     """As shared pairs have them: in full precision, if that is asked for."""

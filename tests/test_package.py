@@ -153,6 +153,7 @@ def test_editable_install_finds_exactly_the_tree(source, tmp_path):
     assert json.loads(run_installed(code, tmp_path / "site")) == modules
 
 
+@pytest.mark.slow
 def test_installed_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     install(wheel, site)

@@ -171,7 +171,7 @@ def test_as_a_module():
     )
 
 
-@pytest.mark.variations
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False])
 def test_fit_cost(tmp_path, run, demo_pair, small):
     from test_making import TEXT, write_model
