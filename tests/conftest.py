@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ os.environ.setdefault(THREADS, "1")
 
 import backend  # first of all that imports MLX
 import numpy  # noqa: F401  # has a BLAS of its own
+import quick_transformers  # noqa: F401  # before transformers
 
 if not chosen:
     del os.environ[THREADS]
@@ -34,11 +36,26 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What every family is held to in `make test`, too.
+OF_EVERY_FAMILY = "test_own_keys_and_values_injected_with_other_tokens_make_the_same_cache"
+
+
 def pytest_collection_modifyitems(items):
-    """A test of a family is slow if its family is none of the quick ones: there are about ninety."""
+    """Mark as slow what repeats in another setting what `make test` shows.
+
+    Of a test with `variations` all cases but its first few; and a test of a family, if that is none of the quick ones:
+    there are about ninety.
+    """
     from families import INJECTABLE, QUICK
 
+    seen = Counter()
     for item in items:
+        if variations := item.get_closest_marker("variations"):
+            seen[item.parent.nodeid, item.originalname] += 1
+            if seen[item.parent.nodeid, item.originalname] > (variations.args or (1,))[0]:
+                item.add_marker(pytest.mark.slow)
+        if getattr(item, "originalname", "") == OF_EVERY_FAMILY:
+            continue
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         named = {name for value in parameters for name in (value if isinstance(value, tuple) else (value,))
                  if isinstance(name, str)}  # fmt: skip
@@ -63,6 +80,18 @@ def demo_pair():
     from kvpred_mlx.pair.locating import DEMO_PAIR
 
     return load(DEMO_PAIR)
+
+
+@pytest.fixture(scope="session")
+def unquantized_pair():
+    """The bundled pair without its quantization, which MLX's CPU backend is slow at: (model, tokenizer)."""
+    from kvpred_mlx import load
+    from kvpred_mlx.cli.making import dequantize
+    from kvpred_mlx.pair.locating import DEMO_PAIR
+
+    model, tokenizer = load(DEMO_PAIR)
+    dequantize(model)
+    return model, tokenizer
 
 
 @pytest.fixture

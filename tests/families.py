@@ -372,9 +372,22 @@ def build(family: str, overrides: dict[str, Any] | None = None, *, noise: float 
     Args:
         overrides: what the configuration has beyond BASE, in place of the family's OVERRIDES.
         noise: of all weights, norms included; 0 leaves the model as it initialises itself.
+
+    The same call gives the same weights, in a model of its own, and leaves MLX's random numbers in the same state.
     """
-    module = importlib.import_module(f"mlx_lm.models.{family}")
     overrides = OVERRIDES.get(family, {}) if overrides is None else overrides
+    key = family, repr(overrides), noise
+    if key not in _BUILT:
+        _BUILT[key] = _new(family, overrides, noise)
+    mx.random.seed(1)
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: dict[tuple[str, str, float], nn.Module] = {}
+
+
+def _new(family: str, overrides: dict[str, Any], noise: float) -> nn.Module:
+    module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(0)
     config = {**BASE, "model_type": family, **overrides}
     if module.ModelArgs.from_dict.__func__ is BaseModelArgs.from_dict.__func__:

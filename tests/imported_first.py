@@ -14,7 +14,11 @@ from pathlib import Path
 
 OURS = {"kvpred_mlx", "mlx_lm", "mlx"}
 # What takes seconds to import and is neither mlx-lm's nor ours: imported once, by the process that is forked.
-NEUTRAL = ["torch", "transformers.models.auto", "scipy.stats", "matplotlib.pyplot"]
+NEUTRAL = [
+    "torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.dynamic_module_utils", "tokenizers", "sentencepiece", "huggingface_hub", "scipy.stats",
+    "matplotlib.pyplot", "typer", "rich.progress", "yaml",
+]  # fmt: skip
 
 
 def process_kind():

@@ -29,9 +29,13 @@ PAIRS = [
 
 
 @functools.cache
-def widths(source: str, family: str) -> list[tuple[int, int]]:
-    """The widths of a family's features: finding where keys and values come from takes as long as building it."""
-    return feature_widths(source, KVTaps(build(family)))
+def _tapped(family: str) -> KVTaps:
+    return KVTaps(build(family))
+
+
+def tapped(family: str) -> KVTaps:
+    """Taps of a family's tiny model, both of their own: finding where keys and values come from takes as long again."""
+    return copy.deepcopy(_tapped(family))
 
 
 def make_pair(
@@ -42,13 +46,13 @@ def make_pair(
     source: str = "kv",
     **options,
 ):
-    base_model, auxiliary_model = build(base), build(auxiliary)
-    base_widths, auxiliary_widths = widths("kv", base), widths(source, auxiliary)
+    base_taps, auxiliary_taps = tapped(base), tapped(auxiliary)
+    base_widths, auxiliary_widths = base_taps.widths, feature_widths(source, auxiliary_taps)
     n, m = len(base_widths), len(auxiliary_widths)
     layer_map = layer_map or [i * m // n for i in range(n)]
     mx.random.seed(seed)
     return KVPredictionModel(
-        base_model, auxiliary_model, Predictor(layer_map, auxiliary_widths, base_widths, source), **options
+        base_taps, auxiliary_taps, Predictor(layer_map, auxiliary_widths, base_widths, source), **options
     )
 
 
@@ -90,7 +94,10 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
     `parts` are ("predicted" | "exact", tokens) in order.  The auxiliary reads everything at once.
     """
     everything = mx.concatenate([t for _, t in parts], axis=1)
-    taps, auxiliary = KVTaps(model.base), KVTaps(model.auxiliary)
+    taps, auxiliary = (
+        copy.deepcopy(model.base_taps),
+        copy.deepcopy(model.auxiliary_taps),
+    )  # quicker than new ones
     predicted = model.predictor(auxiliary.record(everything, make_prompt_cache(model.auxiliary))[0])
     cache, start = make_prompt_cache(model.base), 0
     for kind, part in parts:
@@ -106,9 +113,9 @@ def reference_cache(model: KVPredictionModel, parts: list[tuple[str, mx.array]])
     return [*cache, None]
 
 
-def make_first_layers_pair(base: str | nn.Module = "qwen3", depths=(1,), seed: int = 0, **options):
+def make_first_layers_pair(base: str | nn.Module | KVTaps = "qwen3", depths=(1,), seed: int = 0, **options):
     """A pair that reads with its base's first layers, with random maps."""
-    taps = KVTaps(build(base) if isinstance(base, str) else base)
+    taps = base if isinstance(base, KVTaps) else tapped(base) if isinstance(base, str) else KVTaps(base)
     mx.random.seed(seed)
     predictor = FirstLayersPredictor(depths, taps.input_widths, taps.widths)
     return KVPredictionModel(taps, None, predictor, **options)
@@ -119,7 +126,7 @@ def first_layers_reference(model: KVPredictionModel, parts: list[tuple[int | str
 
     `parts` are (depth or "exact", tokens) in order.
     """
-    taps, cache = KVTaps(model.base), make_prompt_cache(model.base)
+    taps, cache = copy.deepcopy(model.base_taps), make_prompt_cache(model.base)
     for depth, part in parts:
         if depth == "exact":
             model.base(part, cache=cache)

@@ -19,7 +19,7 @@ TESTS = str(Path(__file__).parent)
 
 def python(code: str, *arguments: Any) -> list[str]:
     """A command that runs `code`, with tests/ in its path and without PyTorch."""
-    begin = f"import sys; sys.path.append({TESTS!r}); import without_torch\n"
+    begin = f"import sys; sys.path.append({TESTS!r}); import without_torch, quick_transformers\n"
     return [sys.executable, "-c", begin + code, *map(str, arguments)]
 
 

@@ -19,6 +19,8 @@ from kvpred_mlx.making.recording import FACTS, Recording, record
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.windows import Windows
 
+pytestmark = pytest.mark.variations  # the first kind of pair
+
 SETTINGS = TrainingSettings(
     iters=6, batch_size=2, learning_rate=1e-2, warmup=0, save_every=2, steps_per_report=2
 )

@@ -121,6 +121,7 @@ def test_in_a_pipe(run):
     assert out.splitlines()[-1] == "bye"
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])
 def test_lines_that_are_no_text_are_passed_over(locale):
     """And in a locale that knows no emoji, one is an emoji."""

@@ -60,6 +60,7 @@ def test_json_is_one_line(run, demo_pair, exact):
     assert result["text"]
 
 
+@pytest.mark.slow
 def test_seed_makes_sampling_repeatable(run):
     texts = {
         seed: [
@@ -168,6 +169,7 @@ def test_prompt_lengths_have_one_name(run):
     assert "--prompt-lens" in shown and "--prompt-tokens" not in shown and "--draft " not in shown
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("kept", [0, 5, 100, 1_000_000, 9_000_000])
 def test_truncated_weights(run, tmp_path, kept):
     pair = copy_of_demo(tmp_path)
@@ -283,6 +285,7 @@ def test_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(tmp_path):
     golden = DATA / "golden_tiny"
     code = "from kvpred_mlx.cli import main; main()"

@@ -185,6 +185,7 @@ def test_published_shapes():
         assert max(pair["layer_map"]) == len(openelm_shape(pair["auxiliary"]).kv_heads) - 1
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["OpenELM-270M", "OpenELM-1_1B-0.50l", "OpenELM-3B-0.75l"])
 def test_published_shapes_are_read_off_their_tensors(name):
     shape = openelm_shape(name)

@@ -106,6 +106,7 @@ def test_a_lesson_begins_with_the_weights_of_the_one_before(small, tmp_path):
     assert 0 < np.abs(before - after).max() < 0.01 < np.abs(before).max()
 
 
+@pytest.mark.slow
 def test_sources_are_compared_in_the_recipe_s_folder(small, tmp_path, monkeypatch):
     for name, value in {"LENGTHS": (40,), "WINDOWS": 4, "TRIALS": 2, "FIT_TOKENS": 2000}.items():
         monkeypatch.setattr(compare_sources, name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -69,6 +70,12 @@ def commands(line: str) -> list[list[str]]:
 
 def check(command: list[str]) -> None:
     """Fail if the command does not exist in this way."""
+    check_once(tuple(command))
+
+
+@functools.cache
+def check_once(command: tuple[str, ...]) -> None:
+    """What exists is looked for once: pages repeat commands."""
     program, *words = command
     elided = (
         ELIDED in words or len(words) == 1
@@ -85,8 +92,13 @@ def check(command: list[str]) -> None:
         check_module(program, words)
 
 
+@functools.cache
+def command_group() -> typer.core.TyperGroup:
+    return typer.main.get_command(app)
+
+
 def check_cli(words: list[str], elided: bool) -> None:
-    group = typer.main.get_command(app)
+    group = command_group()
     name = words[0] if words else ""
     assert name in group.commands or not words, f"no command {name!r}"
     try:
@@ -186,7 +198,7 @@ def test_command_lines_are_found():
     assert len(found) > 60
     assert {"kvpred-mlx", "make", "pytest"} < {command[0] for command in found}
     assert {command[1] for command in found if command[0] == "kvpred-mlx" and len(command) > 1} == set(
-        typer.main.get_command(app).commands
+        command_group().commands
     )
 
 

@@ -20,6 +20,12 @@ PROMPT = (
 )
 
 
+@pytest.fixture(scope="module")
+def demo_pair(unquantized_pair):
+    """A draft is accepted or not in the same way, whatever the weights."""
+    return unquantized_pair
+
+
 def run(model, tokenizer, prompt, max_tokens=24, draft=0, **options):
     if draft:
         options |= {"draft_model": model.auxiliary, "num_draft_tokens": draft}
@@ -30,6 +36,7 @@ def token_ids(responses):
     return [r.token for r in responses]
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("draft", "exact", "prompt"),
     [(1, False, PROMPT), (3, False, PROMPT), (8, False, PROMPT), (3, True, PROMPT), (3, False, "x = 1")],
@@ -48,6 +55,7 @@ def test_greedy_text_is_that_without_a_draft(demo_pair, monkeypatch, draft, exac
     assert "drafted tokens accepted" in footer(last) and "Draft" not in footer(plain[-1])
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("step", [7, 2048])
 def test_turns_in_one_cache(demo_pair, step):
     """The second turn finds the auxiliary where the first left it, whatever was accepted last."""
@@ -89,6 +97,7 @@ def test_the_draft_processes_no_prompt(demo_pair, monkeypatch):
     assert len(drafts) >= 8
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("names", PAIRS)
 def test_families(names, demo_pair):
     model = make_pair(*names)
@@ -103,6 +112,7 @@ def test_families(names, demo_pair):
         assert token_ids(drafted) == token_ids(plain)
 
 
+@pytest.mark.slow
 def test_an_auxiliary_that_is_not_read_to_its_end_runs_whole(demo_pair):
     """Prediction needs the first layers only; the draft's cache holds all of them, filled by the same prefill."""
     model = make_pair(layer_map=[0, 0, 1, 1])
@@ -130,6 +140,7 @@ def test_an_auxiliary_equal_to_the_base_is_always_accepted(demo_pair):
     assert last.accepted == 30 and last.drafted == 30
 
 
+@pytest.mark.slow
 def test_sampling_is_repeatable(demo_pair):
     from mlx_lm.sample_utils import make_sampler
 

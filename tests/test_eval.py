@@ -41,6 +41,18 @@ QUICK = Limits(seconds=10, memory_bytes=256 << 20)
 QUICKER = Limits(seconds=1, memory_bytes=256 << 20)
 
 
+@pytest.fixture(scope="module")
+def demo_pair(unquantized_pair):
+    """How answers are scored is the same of any weights."""
+    return unquantized_pair
+
+
+@pytest.fixture(autouse=True)
+def few_counted_lengths(monkeypatch):
+    """Counting FLOPs at a length takes as long as answering several prompts."""
+    monkeypatch.setattr("kvpred_mlx.bench.evaluate.scores.FLOPS_LENGTHS", 2)
+
+
 def test_the_prompts_are_the_paper_s():
     assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][1]) == "Question: Who wrote 'Dracula'?\nAnswer:"
     assert tasks.prompt(TRIVIAQA, ROWS["triviaqa"][0]).count("?") == 0
@@ -359,6 +371,7 @@ def passing(monkeypatch):
     monkeypatch.setattr(tasks, "check", lambda row, answer: sandbox.Outcome(True, "passed"))
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("mode", "least"),
     [
@@ -377,6 +390,7 @@ def test_batches_answer_as_one_by_one(demo_pair, tmp_path, passing, mode, least)
     assert json.dumps(results, allow_nan=False) and report.table(results)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("mode", ["depth=1:0.5/2:0.8", "depth=1:0.7"])
 def test_batches_are_read_as_deep_as_one_by_one(demo_pair, tmp_path, passing, mode):
     pair = make_first_layers_pair(demo_pair[0].base, [1, 2])
@@ -415,6 +429,7 @@ def test_batches_end_at_stops_and_at_the_end(demo_pair, monkeypatch):
     assert dict(batches.answer_all(pair, tokenizer, [], [], 2)) == {}
 
 
+@pytest.mark.slow
 def test_batches_go_on_where_they_stopped(demo_pair, tmp_path, monkeypatch):
     """With another batch size too; what was answered has been scored."""
     whole, given = run_module.answer_all, []
@@ -660,6 +675,7 @@ def answering(request, demo_pair, tmp_path):
     return pair, mlx_lm.utils.load_tokenizer(tmp_path)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("size", [None, 4])
 def test_an_answer_keeps_the_space_that_it_begins_with(answering, tmp_path, size):
     """mlx-lm's detokenizers of one kind drop it, and a body that continues a function is then indented by three."""

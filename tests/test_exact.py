@@ -11,7 +11,7 @@ from conftest import fails
 from families import ATTENTION, WINDOW, build
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
+from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tapped, tokens
 
 from kvpred_mlx import ExactPositions, UnsupportedModelError, load_model, save
 from kvpred_mlx.dial.importance import choose
@@ -58,7 +58,7 @@ def watched(model):
 
 @pytest.mark.parametrize("family", ATTENTION)
 def test_every_position_as_a_row_is_the_ordinary_prefill(family):
-    taps = KVTaps(build(family))
+    taps = tapped(family)
     rows, model = ExactRows(taps), taps.model
     assert rows.supported == (family not in WITHOUT_ROWS)
     before, n = 6, 2 * WINDOW + 4
@@ -79,6 +79,7 @@ def test_every_position_as_a_row_is_the_ordinary_prefill(family):
     assert mx.allclose(model(following, cache=made), model(following, cache=plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize(
     "dial", [ExactPositions(top=1.0), ExactPositions(last=1.0), ExactPositions(500), ExactPositions(3, 9, 1.0)], ids=str
@@ -93,6 +94,7 @@ def test_every_position_exact_is_the_exact_base(base, auxiliary, dial):
     assert mx.allclose(model(last, cache=cache), model(last, cache=exact), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.variations(3)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize(
     "dial",
@@ -184,6 +186,7 @@ def qwen2_weights(model, prompt, queries):
     return mx.stack(found).max(axis=0)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("chunks", [(60,), (130,), (60, 70)])
 def test_scores_are_the_attention_of_the_last_queries(chunks):
     model = make_pair("qwen3", "qwen2", layer_map=[3, 3, 2, 3])
@@ -246,6 +249,7 @@ def test_in_direct_calls_every_call_is_taken_for_a_whole_prompt():
     assert difference(prefill(model, a, b), reference_cache(model, parts)) < TOLERANCE
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), UNWINDOWED)
 @pytest.mark.parametrize(
     "dial", [ExactPositions(5, 6), ExactPositions(last=0.5), ExactPositions(3, 4, 0.2)], ids=str
@@ -274,6 +278,7 @@ def test_windowed_bases_choose_chunk_by_chunk():
     assert difference(options["prompt_cache"], expected) < TOLERANCE
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), [p for p in PAIRS if p[0] != "deepseek_v3"])
 @pytest.mark.parametrize("dial", [ExactPositions(2, 5), ExactPositions(1, 0.2, 0.25)], ids=str)
 @pytest.mark.parametrize("lengths", [(40, 75, 52), (50, 50)])

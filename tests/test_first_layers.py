@@ -16,6 +16,7 @@ from pairs import (
     first_layers_reference,
     make_first_layers_pair,
     states_difference,
+    tapped,
     tokens,
 )
 
@@ -39,11 +40,11 @@ def prefill(model, *parts):
 @pytest.mark.parametrize("family", INJECTABLE)
 def test_every_family(family):
     """Up to the depth the entries are the exact ones, bit for bit; the others are what a plain computation gives."""
-    base = build(family)
-    depth = (len(KVTaps(base)) - 1) // 2
+    taps = tapped(family)
+    base, depth = taps.model, (len(taps) - 1) // 2
     if depth == 0:
         pytest.skip("too few layers of its own to cut")
-    model = make_first_layers_pair(base, [depth])
+    model = make_first_layers_pair(taps, [depth])
     model.first_layers_reader.check()
     prompt = tokens(2 * WINDOW + 20)
     cache, exact = prefill(model, prompt), make_prompt_cache(base)
@@ -99,6 +100,7 @@ def test_fused_projections_are_lazy_too():
     assert difference(prefill(model, prompt), expected) == 0
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("base", ["qwen3", "openelm", "gemma3_text", "deepseek_v3"])
 @pytest.mark.parametrize("cuts", [(40, 33), (73,), (40, 5, 28)])
 def test_chunks(base, cuts):

@@ -149,6 +149,7 @@ def test_tokens_count_by_the_attention_that_the_base_pays_them(first_layers):
             assert np.abs(np.array(made[part]).reshape(len(x), -1) - expected).max() < 1e-3
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("family", ["llama", "openelm", "qwen3"])
 def test_a_model_predicts_itself(family):
     model, twin = build(family), build(family)
@@ -191,6 +192,7 @@ def test_auto_finds_the_layer_that_is_the_same():
     assert all(v > 0.999 for part in fitted.explained_variance.values() for v in part)
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("source", sources.SOURCES)
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_fitted_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tmp_path):

@@ -67,6 +67,7 @@ def prompt(n: int, **options):
     return run
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("n", [1, 2, 7, 60])
 def test_dense_decoder(n):
     assert full_prefill_flops(build("qwen2"), n) == counted(prompt(n))

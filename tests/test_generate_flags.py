@@ -115,6 +115,7 @@ def without_flags():
     return {}
 
 
+@pytest.mark.variations(3)
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
@@ -276,6 +277,7 @@ def test_cache_files_that_are_refused(run, demo_pair, golden_pair, tmp_path, cac
     fails(run(*generate, file), 2, "in the prompt cache, expected fewer than the model's context")
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("draft", [[], ["--draft-model", "auxiliary"]])
 def test_until_the_answer_ends(run, draft):
     """-1, as in mlx-lm; with a draft, too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from concurrent.futures import ThreadPoolExecutor
 
 import imported_first
 import pytest
@@ -11,7 +10,6 @@ import pytest
 import kvpred_mlx
 from kvpred_mlx.pair.locating import DEMO_PAIR
 
-AT_ONCE = 2
 PUBLIC = [f"kvpred_mlx:{name}" for name in kvpred_mlx.__all__]
 FOUND = [m.name for m in pkgutil.walk_packages(kvpred_mlx.__path__, "kvpred_mlx.")]
 MODULES = [
@@ -26,28 +24,20 @@ QUICK = {
 NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in [*PUBLIC, *MODULES]]
 
 
-@pytest.fixture(scope="module")
-def outcomes(request):
-    """("passed" | "missing" | "failed", what) of each name whose test is to run."""
-    names = [item.callspec.params["name"] for item in request.session.items if item.fspath == request.fspath
-             and hasattr(item, "callspec")]  # fmt: skip
+def outcome(name: str) -> tuple[str, str]:
+    """("passed" | "missing" | "failed", what) of a process of its own."""
     context = imported_first.process_kind()
-
-    def outcome(name: str) -> tuple[str, str]:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=imported_first.report, args=(name, str(DEMO_PAIR), theirs))
-        process.start()
-        theirs.close()
-        try:
-            found = ours.recv()
-        except EOFError:
-            process.join()
-            found = ("failed", f"the process ended with {process.exitcode}")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=imported_first.report, args=(name, str(DEMO_PAIR), theirs))
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
         process.join()
-        return found
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(names, pool.map(outcome, names), strict=True))
+        found = ("failed", f"the process ended with {process.exitcode}")
+    process.join()
+    return found
 
 
 def test_every_quick_name_is_there():
@@ -55,8 +45,8 @@ def test_every_quick_name_is_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mlx_lm_loads_a_pair_after(name, outcomes):
-    kind, what = outcomes[name]
+def test_mlx_lm_loads_a_pair_after(name):
+    kind, what = outcome(name)
     if kind == "missing":
         pytest.skip(f"{name} needs {what}, which is not installed")
     assert kind == "passed", f"{name}: {what}"

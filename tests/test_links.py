@@ -88,6 +88,7 @@ def test_holds_the_predictor_alone(root, name):
     assert {f.name for f in (root / name).iterdir()} == files
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_it_gives_the_same_logits(root, name, tmp_path, run):
     pair, tokenizer = kvpred_mlx.load(root / name)
@@ -118,6 +119,7 @@ def test_every_command_takes_it(root, run, tmp_path):
     assert f"linked to {root / 'base'}" in out
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_base_quantized_otherwise(copy, name, bits):
@@ -213,6 +215,7 @@ def test_in_the_hub_s_cache(copy, monkeypatch, tmp_path, run):
     assert run("generate", "-p", "x", "-m", 2, "--model", "hub")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_download(copy, tmp_path):
     """One line, and the next try goes on; then nothing is asked for again, and HF_HUB_OFFLINE asks for nothing."""
     config = json.loads((copy / "first/config.json").read_text())
@@ -254,6 +257,7 @@ def test_pairs_of_one_base_share_it(root):
     assert mx.array_equal(first(PROMPT), alone)
 
 
+@pytest.mark.slow
 def test_a_quantized_predictor(root, run, tmp_path):
     command = [
         "fit",
@@ -278,6 +282,7 @@ def test_a_quantized_predictor(root, run, tmp_path):
     fails(run(*command, "--mlx-path", tmp_path / "no", "--q-bits", 7), 2, "--q-bits", "7")
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["two", "kept"])
 def test_a_trained_auxiliary_stays_in_the_pair(copy, name, run, tmp_path):
     out = tmp_path / "trained"
@@ -341,6 +346,7 @@ def test_bundled_ones_have_names(copy, run, monkeypatch):
 SHIPPED = sorted(set(BUNDLED) - {"pycode"})
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_predictor_is_whole(name):
     """As far as can be told without its models: everything of it is there, and gives numbers."""

@@ -83,6 +83,7 @@ def test_weights_weigh():
         LossWeights(kv=-1)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("source", SOURCES)
 def test_gradients_against_finite_differences(source):
     pair = trainable(make_pair("qwen3", "qwen2", source=source))
@@ -109,6 +110,7 @@ def norm(arrays) -> float:
     return sum((a * a).sum() for a in arrays.values()).item() ** 0.5
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 @pytest.mark.parametrize("source", ["kv", "hidden"])
 def test_checkpointed_gradients_are_the_same(base, auxiliary, source):
@@ -124,6 +126,7 @@ def test_checkpointed_gradients_are_the_same(base, auxiliary, source):
     assert all(mx.any(g != 0) for name, g in plain.items() if name.startswith("predictor"))
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_memory():
     pair = trainable(make_pair("llama", "llama"))
     loss = KVPredictionLoss(pair, LossWeights())

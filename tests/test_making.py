@@ -79,6 +79,7 @@ def test_fit_makes_a_pair_with_a_card(models, tmp_path, run):
     fails(run("fit", *arguments(models, out)), 1, "exists already")
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("source", ["kv", "kv-joint"])
 def test_fit_from_the_bases_own_layers(models, tmp_path, run, source):
     out = tmp_path / "pair"
@@ -102,6 +103,7 @@ def test_fit_from_the_bases_own_layers(models, tmp_path, run, source):
         assert mx.array_equal(layer.mlp.up_proj.weight, pair.base.layers[kept].mlp.up_proj.weight)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("family", ["openelm", "llama", "gemma3_text", "olmoe"])
 def test_kept_layers_of_quantized_models(family, tmp_path, demo_pair):
     folder = write_model(tmp_path / family, family, demo_pair[1])
@@ -325,6 +327,7 @@ def test_fit_of_a_base_alone(models, tmp_path, run):
     )
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("layers", "depths"), [("first:1", (1,)), ("first:0.25,0.5", (1, 2)), ("first:2,1", (1, 2))]
 )
@@ -351,6 +354,7 @@ def test_a_pair_is_kept_when_its_figures_are_interrupted(models, tmp_path, run, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pair"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_goes_on(models, tmp_path, run, monkeypatch):
     """To the same predictor as one that was not interrupted; with other settings it is refused."""
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -409,6 +413,7 @@ def test_calibration_text_without_a_network(models, tmp_path, run, monkeypatch):
     assert run(*given)[0] == 0
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("reads", ["first layers", "auxiliary"])
 def test_train_as_used(models, tmp_path, run, reads):
     """From recorded windows; interrupted after the recording, nothing of it is made again."""
@@ -438,6 +443,7 @@ def test_train_as_used(models, tmp_path, run, reads):
     assert (out / "config.json").exists() and not out.with_name("fresh.recording").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--as-used", "--windows", 4], []])
 def test_train_on_quantized_maps(models, tmp_path, run, how):
     """As shared pairs have them: in full precision, if that is asked for."""

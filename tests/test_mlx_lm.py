@@ -70,6 +70,7 @@ def test_exact_is_mlx_lm_s_generate_of_the_base(demo_pair):
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("step", [33, 64, 2048])
 def test_prefill_step_size_does_not_change_mlx_lm_s_tokens(demo_pair, step):
     model, tokenizer = demo_pair
@@ -198,6 +199,7 @@ def test_server_answers_like_generate(demo_pair, server):
     assert text_of(complete(server, PROMPT)) == kvpred_mlx.generate(*demo_pair, PROMPT, max_tokens=8)
 
 
+@pytest.mark.slow
 def test_server_multi_turn_and_trimmed_caches(demo_pair, server):
     model, tokenizer = demo_pair
     turn = "# second conversation\n" + PROMPT  # nothing of it is in the server's cache yet

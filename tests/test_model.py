@@ -37,6 +37,7 @@ def decode(model, cache, given):
     return logits
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 def test_prompt_is_predicted(base, auxiliary):
     model = make_pair(base, auxiliary)
@@ -48,6 +49,7 @@ def test_prompt_is_predicted(base, auxiliary):
     assert difference(cache, exact) > 0.01, "a prediction from random maps cannot be the exact cache"
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize("steps", [(40, 33), (64, 9), (33, 33, 7), (48, 2, 3, 20)])
 def test_chunks_give_the_cache_of_one_shot(base, auxiliary, steps):
@@ -61,6 +63,7 @@ def test_chunks_give_the_cache_of_one_shot(base, auxiliary, steps):
     assert mx.allclose(model(last, cache=one), model(last, cache=many), atol=TOLERANCE)
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 def test_second_turn_catches_up(base, auxiliary):
     model = make_pair(base, auxiliary)
@@ -76,6 +79,7 @@ def test_second_turn_catches_up(base, auxiliary):
     assert difference(cache, reference_cache(model, parts)) < TOLERANCE
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), [p for p in PAIRS if "gemma3_text" not in p])
 @pytest.mark.parametrize("trimmed", [3, 9, 20])
 def test_trimmed_and_reloaded_cache_predicts_on(base, auxiliary, trimmed, tmp_path):
@@ -104,6 +108,7 @@ def test_auxiliary_window_that_cannot_be_trimmed_is_read_again():
     assert difference(cache, reference_cache(model, parts)) < TOLERANCE
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 def test_exact_is_the_base_bit_for_bit(base, auxiliary):
     model = make_pair(base, auxiliary)
@@ -153,6 +158,7 @@ def test_teacher_forced_matches_the_cached_call(base, auxiliary):
     assert mx.allclose(model(prompt), model(prompt, cache=model.make_cache()), atol=TOLERANCE)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("lengths", [(40, 40), (33, 60, 45), (70, 5, 33)])
 @pytest.mark.parametrize(("base", "auxiliary"), [p for p in PAIRS if p[0] != "deepseek_v3"])
 def test_ragged_batches_equal_single_prompts(base, auxiliary, lengths):
@@ -184,6 +190,7 @@ def reference_like_a_long_one(model, prompt, n):
     return cache
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm"), ("qwen3", "gemma3_text")]
 )
@@ -327,6 +334,7 @@ def finished(generator):
     return done
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm"), ("qwen3", "gemma3_text")]
 )
@@ -348,6 +356,7 @@ def test_three_turns_of_three_conversations_in_one_batch(base, auxiliary):
         assert difference(cache, reference_cache(model, expected)) < TOLERANCE
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(
     ("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm"), ("qwen3", "gemma3_text")]
 )
@@ -381,6 +390,7 @@ def test_batch_in_which_some_auxiliaries_have_read_nothing():
         assert difference(done[uid].prompt_cache, reference_cache(model, parts)) < TOLERANCE
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("base", "auxiliary"), [("qwen3", "qwen2"), ("openelm", "openelm")])
 def test_continuations_are_scored_on_the_predicted_context(base, auxiliary):
     """As lm-eval scores: short continuations exactly, long ones in the teacher-forced form."""

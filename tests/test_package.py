@@ -117,6 +117,7 @@ def test_sdist_holds_each_file_once_and_no_links(built):
     assert sorted(modules) == sorted(packaged(ROOT))
 
 
+@pytest.mark.slow
 def test_wheel_of_a_clone_is_the_same(tmp_path):
     # What `pip install git+...` does; of the last commit, whatever is in the tree.
     clone = tmp_path / "clone"
@@ -129,6 +130,7 @@ def test_wheel_of_a_clone_is_the_same(tmp_path):
     assert modules_of(wheel) == sorted(packaged(clone).values())
 
 
+@pytest.mark.slow
 def test_editable_install_finds_exactly_the_tree(source, tmp_path):
     code = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=source, check=True, capture_output=True)
@@ -151,6 +153,7 @@ def test_editable_install_finds_exactly_the_tree(source, tmp_path):
     assert json.loads(run_installed(code, tmp_path / "site")) == modules
 
 
+@pytest.mark.slow
 def test_installed_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     install(wheel, site)

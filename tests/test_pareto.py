@@ -11,7 +11,6 @@ import pytest
 from conftest import fails
 from pairs import make_pair
 
-from kvpred_mlx import load
 from kvpred_mlx.bench.common.statistics import paired_shares
 from kvpred_mlx.bench.front import files, recall_score
 from kvpred_mlx.bench.front import pareto as module
@@ -21,8 +20,6 @@ from kvpred_mlx.bench.front.pareto import pareto
 from kvpred_mlx.bench.front.recall import Question
 from kvpred_mlx.bench.front.settings import FrontSettings
 from kvpred_mlx.bench.front.text import Data
-from kvpred_mlx.cli.making import dequantize
-from kvpred_mlx.pair.locating import DEMO_PAIR
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
 SETTINGS = FrontSettings(
@@ -32,11 +29,8 @@ SETTINGS = FrontSettings(
 
 
 @pytest.fixture(scope="module")
-def demo_pair():
-    """The bundled pair without its quantization, which MLX's CPU backend is slow at."""
-    model, tokenizer = load(DEMO_PAIR)
-    dequantize(model)
-    return model, tokenizer
+def demo_pair(unquantized_pair):
+    return unquantized_pair
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +104,7 @@ def test_every_name_in_the_schema_is_documented(front):
     assert not {name for name in names if f"`{name}`" not in page}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, monkeypatch):
     """Interrupted twice: after the first cell's recall, and after the recall of all cells of the first length."""
     kept, calls, before = [], [], None

@@ -71,6 +71,7 @@ def repaired_on_a_clock(monkeypatch, budget, prompt, n, seconds_per_token=0.1):
     return model, times
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize("dial", [None, ExactPositions(last=9)], ids=str)
 def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliary, dial):
@@ -101,6 +102,7 @@ def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
     assert reads and min(reads) >= 1
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("budget", [0.5, 0.3, 0.1])
 @pytest.mark.parametrize("seconds_per_token", [0.02, 0.1, 0.3])
 def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, seconds_per_token):
@@ -117,6 +119,7 @@ def test_the_budget_bounds_the_slow_down_at_every_token(monkeypatch, budget, sec
         assert times[-1] - times[end] == len(times) - 1 - end  # nothing is spent any more
 
 
+@pytest.mark.slow
 def test_a_repair_that_cannot_catch_up_is_given_up(monkeypatch):
     model, times = repaired_on_a_clock(monkeypatch, 0.3, tokens(200), 200, seconds_per_token=0.6)
     assert model.status.given_up and model.status.exact_from is None
@@ -256,6 +259,7 @@ def test_what_cannot_be_repaired(demo_pair):
             RepairingModel(model, budget)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line():
     process = subprocess.Popen(
         command("generate", "--repair", "--repair-budget", 0.01, "-m", 400,
@@ -301,6 +305,7 @@ def test_the_benchs_command(tmp_path, capsys):
         bench.main(text, str(DEMO_PAIR), prompt_tokens=5000)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("base", ["qwen3", "llama", "gemma3_text", "openelm"])
 @pytest.mark.parametrize("dial", [None, ExactPositions(depth=((1, 0.5), (2, 0.9))), ExactPositions(top=0.2)])
 def test_repair_of_a_first_layers_pair(base, dial):

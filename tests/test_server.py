@@ -110,6 +110,7 @@ def test_a_prompt_that_is_all_cached(client, demo_pair):
     assert text_of(again) and again.usage.prompt_tokens_details.cached_tokens >= len(tokens)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("asked", [{"extra_body": {"kvpred": {"exact": True}}}, {"model": f"{NAME}:base"}])
 def test_the_base_alone(client, expected, asked):
     prompt = fresh("exact")
@@ -146,6 +147,7 @@ def test_exact_and_predicted_caches_are_kept_apart(client, expected):
     assert text_of(answers[3]) == expected(first + "\n    # and so on\n", exact=True)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("seed", [None, 1])
 def test_the_auxiliary_drafts_when_asked(client, expected, seed):
     prompt = fresh(f"draft {seed}")
@@ -281,6 +283,7 @@ def test_the_answer_ends_with_the_context(client, demo_pair):
     assert answer.choices[0].finish_reason in ("length", "stop")
 
 
+@pytest.mark.slow
 def test_a_short_soak(served):
     import psutil
 

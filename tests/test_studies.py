@@ -12,6 +12,7 @@ import sys
 import mlx.core as mx
 import pytest
 from pairs import make_pair
+from processes import python
 
 import kvpred_mlx
 from kvpred_mlx.bench.common import command
@@ -161,7 +162,8 @@ def test_a_conversion_that_fails(tmp_path, python_that_fails):
 
 
 def test_as_a_module():
-    command_line = [sys.executable, "-m", "kvpred_mlx.bench.studies.draft", "--trials", "none"]
+    code = "import runpy; runpy.run_module('kvpred_mlx.bench.studies.draft', run_name='__main__', alter_sys=True)"
+    command_line = python(code, "--trials", "none")
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert (
@@ -169,6 +171,7 @@ def test_as_a_module():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [True, False])
 def test_fit_cost(tmp_path, run, demo_pair, small):
     from test_making import TEXT, write_model
@@ -195,6 +198,7 @@ def text(tmp_path):
     return tmp_path
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("windows", "reads"), [(4, "--depths"), (0, "--depths"), (4, "--auxiliary")])
 def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     """The recipe on tiny models: every step once, and linked pairs that are loaded beside any copy of the base."""
@@ -267,6 +271,7 @@ def test_real_pairs_as_tables_and_a_picture(tmp_path, run):
     fails(run("recipe.real_report", tmp_path), 1, "real_report", "not the results of pairs of real models")
 
 
+@pytest.mark.slow
 def test_first_layers_and_predictor_forms(text, run, demo_pair):
     """A study of a tiny base from recording to training, gone on with, and the forms on what it recorded."""
     from test_making import write_model

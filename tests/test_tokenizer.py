@@ -129,6 +129,7 @@ def repeated_text(rng: random.Random, pair: Pair) -> str:
 TEXTS = [unicode_text, spelled_text, piece_text, code_text, repeated_text]
 
 
+@pytest.mark.variations(12)
 @pytest.mark.parametrize("make_text", TEXTS)
 def test_ids_are_those_of_sentencepiece(pair: Pair, make_text: Callable[[random.Random, Pair], str]) -> None:
     rng = random.Random(make_text.__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_quantized_parts():
     assert not same(before, weights(pair.predictor))
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("base", "auxiliary"), FAMILIES)
 def test_muon_takes_matrices_but_no_embeddings_heads_and_experts(base, auxiliary):
     pair = make_pair(base, auxiliary)
@@ -165,11 +167,29 @@ def test_other_settings_do_not_resume(tmp_path):
         joint_trainer(make_pair(), data(23), SETTINGS, state_folder=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def trained_straight():
+    """The weights of a training that was never interrupted."""
+    pair = make_pair()
+    joint_trainer(pair, data(), SETTINGS).run()
+    return weights(pair)
+
+
+@pytest.fixture(scope="module")
+def states_of_four_steps(tmp_path_factory):
+    """The folder of a training that ended after four of its six steps; to be copied."""
+    folder = tmp_path_factory.mktemp("states")
+    joint_trainer(make_pair(), data(), SETTINGS, state_folder=folder).run(until=4)
+    return folder
+
+
+@pytest.mark.variations(3)
 @pytest.mark.parametrize("file", ["config.json", "trainable.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_a_damaged_state_is_named_and_the_older_one_used(tmp_path, capsys, file, damage):
-    settings = dataclasses.replace(SETTINGS, save_every=2)
-    joint_trainer(make_pair(), data(), settings, state_folder=tmp_path).run(until=4)
+def test_a_damaged_state_is_named_and_the_older_one_used(
+    states_of_four_steps, trained_straight, tmp_path, capsys, file, damage
+):
+    shutil.copytree(states_of_four_steps, tmp_path, dirs_exist_ok=True)
     latest = saved_states(tmp_path)[-1]
     place = latest / file
     if damage == "cut":
@@ -182,23 +202,22 @@ def test_a_damaged_state_is_named_and_the_older_one_used(tmp_path, capsys, file,
         mx.save_safetensors(str(place), {"other": mx.zeros(3)})
     if (file, damage) == ("optimizer.safetensors", "other"):
         return  # whole, and of any shape: mlx's optimizer begins anew with what it lacks
-    resumed, straight = make_pair(), make_pair()
-    trainer = joint_trainer(resumed, data(), settings, state_folder=tmp_path)
+    resumed = make_pair()
+    trainer = joint_trainer(resumed, data(), SETTINGS, state_folder=tmp_path)
     assert trainer.step == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"{latest}: damaged (")
     assert [path.is_dir() for path in tmp_path.glob("damaged-step-00000004.*")] == [True]
     trainer.run()
-    joint_trainer(straight, data(), settings).run()
-    assert same(weights(straight), weights(resumed))
+    assert same(trained_straight, weights(resumed))
     for state in saved_states(tmp_path):
         (state / file).write_bytes(b"")
     with pytest.raises(ValueError, match="every saved state is damaged"):
-        joint_trainer(make_pair(), data(), settings, state_folder=tmp_path)
+        joint_trainer(make_pair(), data(), SETTINGS, state_folder=tmp_path)
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves(tmp_path):
+def test_ctrl_c_saves(tmp_path, trained_straight):
     pair = make_pair()
     trainer = joint_trainer(pair, data(), SETTINGS, state_folder=tmp_path)
 
@@ -209,10 +228,9 @@ def test_ctrl_c_saves(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.run(interrupt)
     assert saved_states(tmp_path)[-1].name == "step-00000003"
-    again, straight = make_pair(), make_pair()
+    again = make_pair()
     joint_trainer(again, data(), SETTINGS, state_folder=tmp_path).run()
-    joint_trainer(straight, data(), SETTINGS).run()
-    assert same(weights(straight), weights(again))
+    assert same(trained_straight, weights(again))
 
 
 def test_divergence_keeps_the_last_good_state(tmp_path):
@@ -284,7 +302,7 @@ def test_settings_refused():
 WORKER = """
 import json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
-import without_torch
+import without_torch, quick_transformers
 import kvpred_mlx, mlx.core as mx
 from test_train import SETTINGS, data
 from pairs import make_pair
