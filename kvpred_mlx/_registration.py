@@ -1,10 +1,10 @@
 """Makes pairs known to mlx-lm, without importing mlx-lm before its user does.
 
 mlx-lm looks model families up as modules `mlx_lm.models.<model_type>`, and the caches of prompt-cache files by class
-name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets a module of ours be imported right after
-one of mlx-lm's, where it makes itself known: the cache entry's after `mlx_lm.models.cache`, that of linked pairs after
-`mlx_lm.utils`, the scans for MLX's CPU backend after the modules that have mlx-lm's own (convolutions are MLX's; every
-model file imports `mlx_lm.models.base`).
+name in `mlx_lm.models.cache`.  A finder answers for the module; a hook lets modules of ours be imported right after
+one of mlx-lm's, where they make themselves known: the cache entry's, and what saves caches whole, after
+`mlx_lm.models.cache`, that of linked pairs after `mlx_lm.utils`, the scans for MLX's CPU backend after the modules that
+have mlx-lm's own (convolutions are MLX's; every model file imports `mlx_lm.models.base`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from types import ModuleType
 
 FAMILY = "mlx_lm.models.kvpred"
 FOLLOWERS = {
-    "mlx_lm.models.base": "kvpred_mlx.scans.depthwise",
-    "mlx_lm.models.cache": "kvpred_mlx.pair.auxiliary_cache",
-    "mlx_lm.models.gated_delta": "kvpred_mlx.scans.delta_net",
-    "mlx_lm.models.jamba": "kvpred_mlx.scans.jamba",
-    "mlx_lm.models.ssm": "kvpred_mlx.scans.state_space",
-    "mlx_lm.utils": "kvpred_mlx.pair.in_mlx_lm",
+    "mlx_lm.models.base": ("kvpred_mlx.scans.depthwise",),
+    "mlx_lm.models.cache": ("kvpred_mlx.pair.saved_cache", "kvpred_mlx.pair.auxiliary_cache"),
+    "mlx_lm.models.gated_delta": ("kvpred_mlx.scans.delta_net",),
+    "mlx_lm.models.jamba": ("kvpred_mlx.scans.jamba",),
+    "mlx_lm.models.ssm": ("kvpred_mlx.scans.state_space",),
+    "mlx_lm.utils": ("kvpred_mlx.pair.in_mlx_lm",),
 }
 
 
@@ -33,8 +33,8 @@ def register() -> None:
     """Let mlx-lm find pairs, whether it is imported already or will be."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for module, follower in FOLLOWERS.items():
-        if module in sys.modules:
+    for module, followers in FOLLOWERS.items():
+        for follower in followers if module in sys.modules else ():
             importlib.import_module(follower)
 
 
@@ -64,10 +64,10 @@ class _Finder(MetaPathFinder):
 
 
 class _Then(Loader):
-    """The module's own loader, and then the import of another module."""
+    """The module's own loader, and then the import of other modules."""
 
-    def __init__(self, loader: Loader, follower: str):
-        self._loader, self._follower = loader, follower
+    def __init__(self, loader: Loader, followers: Sequence[str]):
+        self._loader, self._followers = loader, followers
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -78,4 +78,5 @@ class _Then(Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         # If it is the follower which imports this module, this changes nothing: it is not done yet.
-        importlib.import_module(self._follower)
+        for follower in self._followers:
+            importlib.import_module(follower)

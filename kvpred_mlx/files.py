@@ -49,9 +49,18 @@ def _swap_in(beside: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory, if it is there, so that a kill leaves nothing half under its name."""
+    if not path.is_dir():
+        return
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_file(path: Path, make: Callable[[Path], object]) -> None:
     """Let `make` write a file beside `path`, and put it in its place."""
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".new.{path.name}")  # with its suffix at its end: some add one that is not there
     try:
         make(beside)
         beside.replace(path)

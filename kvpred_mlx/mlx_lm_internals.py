@@ -97,6 +97,7 @@ USED: dict[str, dict[str, str]] = {
         "create_attention_mask": "N offset return_array window_size",
         "load_prompt_cache": "file_name return_metadata",  # finds the classes of saved entries by name
         "make_prompt_cache": "model max_kv_size",
+        "save_prompt_cache": "file_name cache metadata",
         "trim_prompt_cache": "cache num_tokens",
     },
     # scans/: what has another form on MLX's CPU backend; what takes other parameters there is left alone

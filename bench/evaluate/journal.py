@@ -7,6 +7,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from kvpred_mlx.files import write_file
+
 Record = dict[str, Any]
 
 
@@ -59,7 +61,7 @@ def _whole_lines(path: Path) -> list[Record]:
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_file(path, lambda beside: beside.write_text(whole, encoding="utf-8"))
     try:
         return [json.loads(line) for line in whole.split("\n") if line]
     except ValueError as error:

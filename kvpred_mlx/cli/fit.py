@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +45,7 @@ def fit(
     upload_repo: o.UploadRepo = None,
 ) -> None:
     """Make a pair: of a base and its own first layers, or of two models with the same tokenizer, in minutes."""
+    from kvpred_mlx.files import remove_directory
     from kvpred_mlx.making.data import check_paths
     from kvpred_mlx.making.settings import FitSettings
 
@@ -58,14 +58,14 @@ def fit(
     check_paths(data or [])
     sums = mlx_path.with_name(f"{mlx_path.name}.fitting")
     if restart:
-        shutil.rmtree(sums, ignore_errors=True)
+        remove_directory(sums)
     chosen = models.load()
     training, held_out = making.read_data(data or [], text_key, chosen.base.tokenizer)
     begun = making.fit_pair(chosen, training, data or [], max_seq_length, settings, sums)
     begun.made += ["Made with `kvpred-mlx fit`, not trained."]
     making.quantize(begun, q_bits, q_group_size)
     output.save(begun)
-    shutil.rmtree(sums, ignore_errors=True)
+    remove_directory(sums)
     if record is not None:
         making.record_windows(begun, training, max_seq_length, record, tokens // max_seq_length)
     output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length, windows))

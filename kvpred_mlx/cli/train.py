@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +94,7 @@ def train(
     upload_repo: o.UploadRepo = None,
 ) -> None:
     """Train a pair's predictor and auxiliary, the base frozen. Run again, it goes on where it stopped."""
+    from kvpred_mlx.files import remove_directory
     from kvpred_mlx.making.as_used import AsUsedWeights, as_used_trainer
     from kvpred_mlx.making.data import check_paths
     from kvpred_mlx.making.joint import default_dtype, joint_trainer, restored_types
@@ -124,7 +124,7 @@ def train(
     output.check()
     states = mlx_path.with_name(f"{mlx_path.name}.training")
     if restart:
-        shutil.rmtree(states, ignore_errors=True)
+        remove_directory(states)
     settings = TrainingSettings(
         iters, batch_size, learning_rate, warmup=warmup, optimizer=optimizer,
         weight_decay=TrainingSettings.weight_decay if weight_decay is None else weight_decay, grad_clip=grad_clip,
@@ -162,7 +162,7 @@ def train(
     begun.made += [f"{how} with `kvpred-mlx train`."]
     making.quantize(begun, q_bits, q_group_size)
     output.save(begun)
-    shutil.rmtree(states, ignore_errors=True)
+    remove_directory(states)
     output.finish(begun, lambda: making.held_out_figures(begun, held_out, max_seq_length))
 
 

@@ -193,12 +193,12 @@ class Recording:
         shapes |= {name: ((count, prompt - 1, w), np.float16) for name, w in layout.features.items()}
         folder.mkdir(parents=True, exist_ok=True)
         for name, (shape, dtype) in shapes.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-        write_json(folder / FACTS, facts | {"arrays": list(shapes), "done": 0})
-        made = cls(folder)
-        for name in ("prompts", "continuations", "documents"):
-            made._arrays[name][:] = getattr(windows, name)
-        return made
+            array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+            if name in ("prompts", "continuations", "documents"):
+                array[:] = getattr(windows, name)
+            array.flush()
+        write_json(folder / FACTS, facts | {"arrays": list(shapes), "done": 0})  # last: now it is a recording
+        return cls(folder)
 
     def write(
         self, rows: slice, *, kv: mx.array, features: Mapping[str, mx.array], **scores: mx.array
