@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -22,3 +22,35 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for k in {**then, **now}
         if then.get(k) != now.get(k)
     ]
+
+
+def check_ranges(
+    given: Mapping[str, Any],
+    least: Mapping[str, float],
+    most: Mapping[str, float] | None = None,
+    whole: Collection[str] = (),
+) -> None:
+    """Refuse values that are out of their range, or no numbers; None is none given.
+
+    Args:
+        least, most: of each value; `most` may leave some out.
+        whole: names of those that are whole numbers.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
+    """
+    wrong, most = list[str](), most or {}
+    for name, low in least.items():
+        value, high = given.get(name), most.get(name)
+        if value is None:
+            continue
+        kinds = (int,) if name in whole else (int, float)
+        if type(value) not in kinds or not low <= value or (high is not None and not value <= high):
+            kind = "a whole number" if name in whole else "a number"
+            wrong.append(f"{name} is {value!r}, expected {kind}, {_range(low, high)}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _range(low: float, high: float | None) -> str:
+    return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"

@@ -287,9 +287,10 @@ def test_the_answer_ends_with_the_context(client, demo_pair):
 def test_a_short_soak(served):
     import psutil
 
-    found = soak(served[0], psutil.Process(served[1].pid), requests=24, clients=8, max_tokens=4)
-    assert found["lost"] == 0
-    assert found["resident_bytes_end"] > 0 and found["ttft_median"] > 0
+    found = soak(served[0], psutil.Process(served[1].pid), 60, clients=8, max_tokens=4, models=[NAME])
+    assert found["lost"] == found["wrong"] == 0, found["examples"]
+    assert {"malformed", "cancelled", "slow", "stream", "stop", "exact"} <= {*found["kinds"]}
+    assert found["compared"] > 40 and found["resident_bytes_end"] > 0 and found["ttft_median"] > 0
 
 
 def test_a_failure_of_generation_ends_its_requests_only(demo_pair, monkeypatch, expected):

@@ -86,7 +86,14 @@ KvBits = Annotated[
         callback=_one_of((2, 3, 4, 6, 8), "2, 3, 4, 6 or 8"),
     ),
 ]
-KvGroupSize = Annotated[int, typer.Option("--kv-group-size", help="Group size of KV cache quantization.")]
+KvGroupSize = Annotated[
+    int,
+    typer.Option(
+        "--kv-group-size",
+        help="Group size of KV cache quantization.",
+        callback=_one_of((32, 64, 128), "32, 64 or 128"),
+    ),
+]
 QuantizedKvStart = Annotated[
     int, typer.Option("--quantized-kv-start", min=0, help="Quantize from this token on.")
 ]

@@ -74,6 +74,7 @@ def serve(
         raise typer.BadParameter(f"{log_level!r}, expected {', '.join(LEVELS)}", param_hint="--log-level")
     template_args = json_object("--chat-template-args", chat_template_args)
 
+    from kvpred_mlx.generation.checks import check_quantized_cache
     from kvpred_mlx.serving.served import ServedPair
     from kvpred_mlx.serving.server import serve as run_server
     from kvpred_mlx.serving.settings import ServerSettings
@@ -85,6 +86,8 @@ def serve(
     others, served = OtherModels(base, auxiliary, force), []
     for name in chosen:
         opened = open_pair(name, others, exact=exact, dial=given_dial, tokenizer_config=config)
+        if kv_bits is not None:
+            check_quantized_cache(opened.pair, kv_bits, kv_group_size)
         if use_default_chat_template:
             use_default_template(opened.tokenizer)
         served.append(ServedPair(opened.name, opened.pair, opened.tokenizer, opened.context))

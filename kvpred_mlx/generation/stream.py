@@ -17,6 +17,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.errors import one_line
+from kvpred_mlx.generation.checks import check_options
 from kvpred_mlx.generation.chunks import announce_prompt, process_prompt
 from kvpred_mlx.generation.draft import AuxiliaryDraft
 from kvpred_mlx.generation.repair import BUDGET, RepairingModel, RepairStatus
@@ -75,10 +76,12 @@ def stream_generate(
         repair_budget: the share of decoding's time that the repair may take (see `RepairingModel`).
 
     Raises:
-        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; or a pair's
-            auxiliary cannot draft with these options (see `AuxiliaryDraft.attach`).
+        ValueError: the prompt is empty, has token ids outside the vocabulary, or cannot be repaired; an option is
+            out of range (see `check_options`); or a pair's auxiliary cannot draft with these options (see
+            `AuxiliaryDraft.attach`).
     """
     clock = FirstToken(kwargs.pop("prompt_progress_callback", None))
+    check_options(model, max_tokens, kwargs)
     prompt = _token_ids(model, tokenizer, prompt)
     draft = _draft_of(model, draft_model)
     own = isinstance(draft, AuxiliaryDraft)
