@@ -40,12 +40,19 @@ def _report(error: Exception, program: str) -> int:
     usage = getattr(error, "format_message", None)  # typer's own errors, in every version of it
     if usage is not None:
         if told := " ".join(usage().split()):  # nothing where the help has been shown instead
-            print(f"{program}: error: {told}", file=sys.stderr)
+            print(f"{program}: error: {told}{_given(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     known = isinstance(error, OSError | ValueError | ImportError | MemoryError | ArithmeticError)
     told = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
     print(f"{program}: error: {told}", file=sys.stderr)
     return 1
+
+
+def _given(error: Exception) -> str:
+    """What was given, where typer's newer versions tell only what they expected."""
+    errors = getattr(error.__cause__, "errors", None)  # pydantic's
+    found = errors() if callable(errors) else []
+    return f", given {found[0]['input']!r}" if found and "input" in found[0] else ""
 
 
 def numbers(option: str, given: list[str], least: int) -> list[int]:

@@ -46,11 +46,29 @@ def check_ranges(
             continue
         kinds = (int,) if name in whole else (int, float)
         if type(value) not in kinds or not low <= value or (high is not None and not value <= high):
-            kind = "a whole number" if name in whole else "a number"
-            wrong.append(f"{name} is {value!r}, expected {kind}, {_range(low, high)}")
+            kind = "a whole number, " if type(value) not in kinds and name in whole else ""
+            wrong.append(f"{name} is {value!r}, expected {kind}{_range(low, high)}")
     if wrong:
         raise ValueError("; ".join(wrong))
 
 
+def check_list(
+    name: str, values: Collection[Any], least: float, most: float | None = None, *, whole: bool = False
+) -> None:
+    """Refuse a list that is empty or has a member out of its range (see `check_ranges`).
+
+    Raises:
+        ValueError: naming what was given and what was expected.
+    """
+    if not values:
+        raise ValueError(f"{name} is {values!r}, expected at least one")
+    for value in values:
+        check_ranges(
+            {name: value}, {name: least}, {} if most is None else {name: most}, [name] if whole else ()
+        )
+
+
 def _range(low: float, high: float | None) -> str:
-    return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+    if high is not None:
+        return f"{low:g} to {high:g}"
+    return f"at least {low:g}" if low else "0 or more"

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,6 +22,19 @@ def check_absent(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def kept_if_filled(folder: Path) -> Iterator[None]:
+    """Make a directory and those above it; what is still empty of them at the end is removed again."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for place in made:
+            with suppress(OSError):  # there is something in it
+                place.rmdir()
+
+
+@contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a directory beside `path` that is renamed to `path` at the end, or removed on any error.
 
@@ -29,14 +42,14 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: as `check_absent`.
     """
     check_absent(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        beside.mkdir()  # in here: an interruption may come right after it
-        yield beside
-        _swap_in(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with kept_if_filled(path.parent):
+        try:
+            beside.mkdir()  # in here: an interruption may come right after it
+            yield beside
+            _swap_in(beside, path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _swap_in(beside: Path, path: Path) -> None:

@@ -43,6 +43,12 @@ class Journal:
     def __getitem__(self, key: tuple[str, str, str]) -> Record:
         return self._records[key]
 
+    def keep_or_remove(self) -> bool:
+        """Whether there is a finished item; without any the file is removed."""
+        if not self._records:
+            self._path.unlink(missing_ok=True)
+        return bool(self._records)
+
     def add(self, record: Record) -> None:
         """Write down that `record["id"]` of `record["task"]` is finished in `record["mode"]`; from any thread."""
         with self._adding:

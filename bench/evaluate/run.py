@@ -106,6 +106,10 @@ class Evaluation:
         finished(results)
         return results
 
+    def has_items(self) -> bool:
+        """Whether an item has been finished; if not, its journal is removed."""
+        return self._journal.keep_or_remove()
+
     def _rows(self, task: Task) -> dict[str, dict[str, Any]]:
         found = tasks.rows(task, self.settings.data.get(task.name), self.settings.limit)
         return {tasks.row_id(task, row, i): row for i, row in enumerate(found)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from kvpred_mlx.bench.evaluate.journal import Record
 from kvpred_mlx.bench.evaluate.scores import AUXILIARY
 from kvpred_mlx.bench.evaluate.tasks import PASS_K
+from kvpred_mlx.errors import check_ranges
 
 LM_EVAL_BATCH = 8  # items, where nothing else is given
 
@@ -30,6 +31,9 @@ class EvaluationSettings:
             one, so that each has a time to its first token, as with 1).
         include_path: a folder with more of lm-eval's tasks.
         seed: of the samples and of the intervals.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
     """
 
     tasks: list[str]
@@ -44,6 +48,23 @@ class EvaluationSettings:
     batch_size: int | None = None
     include_path: Path | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.modes:
+            raise ValueError(
+                f"tasks are {self.tasks!r} and modes {self.modes!r}, expected at least one of each"
+            )
+        if 0 < self.num_samples < PASS_K:
+            raise ValueError(f"num_samples is {self.num_samples!r}, expected 0, or at least {PASS_K}")
+        counts = {
+            "num_samples": 0,
+            "limit": 1,
+            "max_tokens": 1,
+            "min_prompt_tokens": 1,
+            "batch_size": 1,
+            "seed": 0,
+        }
+        check_ranges(vars(self), counts | {"temp": 0, "top_p": 0}, {"top_p": 1}, counts)
 
     def same(self, pair: str) -> Record:
         """What must be the same for items to stand in one table."""

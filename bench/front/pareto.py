@@ -117,14 +117,21 @@ class _Front:
         if all(c["quality"] is not None for c in cells):
             return
         ends = {name: quality.modes_of(self.pair)[name] for name in ("exact", "no prompt")}
-        found = quality.measure(
-            self.pair,
-            windows,
-            ends | prefills(self.pair, cells),
-            over=OVER if any(c["method"] == OVER for c in cells) else None,
-            seed=self.settings.seed,
-            progress=self._telling(f"{n} tokens: text"),
-        )
+        begun = self.results.setdefault("scoring", {}).setdefault(str(n), {})
+        try:
+            found = quality.measure(
+                self.pair,
+                windows,
+                ends | prefills(self.pair, cells),
+                over=OVER if any(c["method"] == OVER for c in cells) else None,
+                seed=self.settings.seed,
+                progress=self._telling(f"{n} tokens: text"),
+                begun=begun,
+            )
+        except BaseException:  # Ctrl-C, too: only the windows under way are lost
+            self.finished(self.results)
+            raise
+        del self.results["scoring"]
         for cell in cells:
             figures = found.modes[label(cell)]
             cell["quality"] = {m: dataclasses.asdict(figures[m]) for m in SHOWN}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvpred_mlx.bench.front.baselines import METHODS
+from kvpred_mlx.errors import check_list, check_ranges
 
 BUDGETS = [0.05, 0.1, 0.2, 0.4]
 
@@ -22,6 +23,9 @@ class FrontSettings:
         questions: recall questions of each kind at each depth; 0 leaves recall out.
         trials: timed first tokens of each cell.
         seed: of questions, random prompts and bootstraps.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
     """
 
     prompt_lens: list[int]
@@ -32,3 +36,11 @@ class FrontSettings:
     questions: int = 10
     trials: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_list("prompt_lens", self.prompt_lens, 2, whole=True)
+        check_list("budgets", self.budgets, 0, 1)
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(f"methods {unknown!r}, expected some of {', '.join(METHODS)}")
+        counts = {"windows": 1, "score_tokens": 1, "questions": 0, "trials": 1, "seed": 0}
+        check_ranges(vars(self), counts, whole=counts)

@@ -105,12 +105,11 @@ class Study:
     Args:
         base: the model.
         depths: of the maps.
-        folder: made if it is not there.
+        folder: made by the first recording if it is not there.
     """
 
     def __init__(self, base: LoadedModel, depths: Sequence[int], folder: Path):
         self._base, self._taps, self._depths, self._folder = base, KVTaps(base.model), list(depths), folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._place = folder / "results.json"
         name = Path(base.name).name
         begun: dict[str, Any] = {"base": name, "machine": machine.describe(), "rows": [], "seconds": {}}

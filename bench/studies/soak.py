@@ -2,8 +2,8 @@
 
 Starts the server on a free port of 127.0.0.1 with two pairs, and asks it alone for the text of each well-formed
 request.  Then clients send all at once: well-formed requests, streamed or not, to either pair, predicted and exact,
-some that stop at a string; malformed ones; clients that go away in the middle of an answer, and slow ones.  Prompts come
-again and again, so that they are found in cache.  (None is so short that it would be predicted only in a batch.)
+some that stop at a string; malformed ones; clients that go away in the middle of an answer, and slow ones.  Prompts
+come again and again, so that they are found in cache.  (None is so short that only a batch would predict it.)
 
 Prints one line of JSON: how many requests were lost (no answer, or another than the documented one), how many texts
 were not the one that was given alone, how many requests came per second, and the server's resident memory once it is

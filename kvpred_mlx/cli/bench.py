@@ -46,7 +46,9 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     no_plot: o.NoPlot = False,
-    seed: Annotated[int, typer.Option(help="Seed of random prompts and weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=o.LARGEST_SEED, help="Seed of random prompts and weights.")
+    ] = 0,
     exact_first: ExactFirst = None,
     exact_last: ExactLast = None,
     exact_top: ExactTop = None,
@@ -76,28 +78,30 @@ def bench(
     from kvpred_mlx.bench.ttft.files import check_new, write
     from kvpred_mlx.bench.ttft.run import bench as run_bench
     from kvpred_mlx.bench.ttft.settings import BenchSettings
+    from kvpred_mlx.files import kept_if_filled
 
     settings = BenchSettings(lengths, batches, trials, max_tokens, steps, seed)
     path, name = _what(model, preset)
     others = OtherModels(base, auxiliary, force)
     folder = output_dir or Path("bench-results", f"{datetime.now():%Y%m%d-%H%M%S}-{name.replace(':', '-')}")
-    check_new(folder)
-    notes = [] if path is None else _check_context(path, base, lengths, model is None)
-    text = None if prompt_file is None else read_text("--prompt-file", prompt_file)
-    opened = open_for_measuring(path, preset, dtype, seed, given_dial, others)
-    prompt = None if text is None else _prompt(opened, text, prompt_file, max(lengths))
-    results: Results = {}
+    with kept_if_filled(folder):
+        check_new(folder)
+        notes = [] if path is None else _check_context(path, base, lengths, model is None)
+        text = None if prompt_file is None else read_text("--prompt-file", prompt_file)
+        opened = open_for_measuring(path, preset, dtype, seed, given_dial, others)
+        prompt = None if text is None else _prompt(opened, text, prompt_file, max(lengths))
+        results: Results = {}
 
-    def finished(so_far: Results) -> None:
-        results.update(so_far)
-        write(folder, results, plot=not no_plot)
+        def finished(so_far: Results) -> None:
+            results.update(so_far)
+            write(folder, results, plot=not no_plot)
 
-    try:
-        with progress_bar("warming up") as progress:
-            run_bench(opened.pair, name, settings, prompt, notes, progress, finished)
-    finally:
-        if results:
-            _show(results, folder, as_json)
+        try:
+            with progress_bar("warming up") as progress:
+                run_bench(opened.pair, name, settings, prompt, notes, progress, finished)
+        finally:
+            if results:
+                _show(results, folder, as_json)
 
 
 def _show(results: Results, folder: Path, as_json: bool) -> None:

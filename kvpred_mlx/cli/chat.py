@@ -31,7 +31,7 @@ def chat(
     top_p: o.TopP = 1.0,
     xtc_probability: o.XtcProbability = 0.0,
     xtc_threshold: o.XtcThreshold = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.LARGEST_SEED, help="Seed of the sampling.")] = 0,
     max_kv_size: o.MaxKvSize = None,
     prefill_step_size: o.PrefillStepSize = 2048,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Tokens of an answer.")] = 256,

@@ -74,12 +74,15 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
     no_plot: o.NoPlot = False,
-    seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=o.LARGEST_SEED, help="Seed of the samples and of the intervals.")
+    ] = 0,
 ) -> None:
     """Evaluate a pair on tasks: the base alone, predicted, and the auxiliary alone, in one table."""
     check_installed("eval", NEEDED)
     from kvpred_mlx.bench.evaluate.run import Evaluation
     from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
+    from kvpred_mlx.files import kept_if_filled
 
     model = one_pair(model, pair)
     task_names, mode_names = names("--tasks", tasks), names("--modes", modes or DEFAULT_MODES)
@@ -103,8 +106,9 @@ def evaluate(
     if modes is None and opened.pair.auxiliary is None:
         settings = replace(settings, modes=[m for m in mode_names if m != "auxiliary"])
     folder = output_dir or Path("eval-results", f"{datetime.now():%Y%m%d-%H%M%S}-{opened.short_name}")
-    run = Evaluation(opened.pair, opened.tokenizer, opened.name, settings, folder, opened.context)
-    _run(run, folder, as_json, not no_plot)
+    with kept_if_filled(folder):
+        run = Evaluation(opened.pair, opened.tokenizer, opened.name, settings, folder, opened.context)
+        _run(run, folder, as_json, not no_plot)
 
 
 def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> None:
@@ -124,7 +128,8 @@ def _run(evaluation: Evaluation, folder: Path, as_json: bool, plot: bool) -> Non
     finally:
         if results:
             print(json.dumps(results)) if as_json else Console().print(table(results))
-        print(f"results: {folder}", file=sys.stderr)
+        if evaluation.has_items():
+            print(f"results: {folder}", file=sys.stderr)
 
 
 def _files(given: list[str], names: list[str]) -> dict[str, Path]:

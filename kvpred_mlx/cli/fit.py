@@ -40,7 +40,7 @@ def fit(
         bool, typer.Option("--restart", help="Forget the sums of an interrupted fit.")
     ] = False,
     text_key: o.TextKey = "text",
-    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.LARGEST_SEED, help="Of the choice of sequences.")] = 0,
     overwrite: o.Overwrite = False,
     upload_repo: o.UploadRepo = None,
 ) -> None:

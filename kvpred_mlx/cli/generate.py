@@ -63,7 +63,7 @@ def generate(
     xtc_probability: o.XtcProbability = 0.0,
     xtc_threshold: o.XtcThreshold = 0.1,
     min_tokens_to_keep: Annotated[int, typer.Option(min=1, help="Least tokens that min-p keeps.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=o.LARGEST_SEED, help="Seed of the sampling.")] = None,
     max_kv_size: o.MaxKvSize = None,
     kv_bits: o.KvBits = None,
     kv_group_size: o.KvGroupSize = 64,

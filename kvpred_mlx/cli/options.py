@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 DTYPES = ("float32", "float16", "bfloat16")
+LARGEST_SEED = (1 << 64) - 1  # of MLX's random numbers
 
 
 def _one_of(values: tuple[Any, ...], shown: str) -> Callable[[Any], Any]:
@@ -20,6 +22,13 @@ def _one_of(values: tuple[Any, ...], shown: str) -> Callable[[Any], Any]:
         return value
 
     return check
+
+
+def _finite(value: float) -> float:
+    """A check that refuses what is no number: a range lets nan pass."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value}, expected a finite number")
+    return value
 
 
 # What is opened.
@@ -100,15 +109,19 @@ QuantizedKvStart = Annotated[
 PrefillStepSize = Annotated[
     int, typer.Option("--prefill-step-size", min=1, help="Prompt tokens to process at a time.")
 ]
-Temp = Annotated[float, typer.Option("--temp", min=0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sampling top-p.")]
+Temp = Annotated[
+    float, typer.Option("--temp", callback=_finite, min=0, help="Sampling temperature; 0 is greedy.")
+]
+TopP = Annotated[float, typer.Option("--top-p", callback=_finite, min=0, max=1, help="Sampling top-p.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sampling top-k; 0: all.")]
-MinP = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Sampling min-p.")]
+MinP = Annotated[float, typer.Option("--min-p", callback=_finite, min=0, max=1, help="Sampling min-p.")]
 XtcProbability = Annotated[
-    float, typer.Option("--xtc-probability", min=0, max=1, help="Probability of XTC sampling.")
+    float,
+    typer.Option("--xtc-probability", callback=_finite, min=0, max=1, help="Probability of XTC sampling."),
 ]
 XtcThreshold = Annotated[
-    float, typer.Option("--xtc-threshold", min=0, max=0.5, help="Threshold of XTC sampling.")
+    float,
+    typer.Option("--xtc-threshold", callback=_finite, min=0, max=0.5, help="Threshold of XTC sampling."),
 ]
 DraftModel = Annotated[
     str | None,

@@ -50,7 +50,9 @@ def pareto(
     ] = Path("pareto-results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
     no_plot: o.NoPlot = False,
-    seed: Annotated[int, typer.Option(help="Seed of questions, random tokens and bootstraps.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=o.LARGEST_SEED, help="Seed of questions, random tokens and bootstraps.")
+    ] = 0,
 ) -> None:
     """Measure quality against FLOPs and TTFT: exact positions, sparse prefill, dropped tokens, smaller models."""
     check_installed("bench", NEEDED)
@@ -69,6 +71,7 @@ def pareto(
     from kvpred_mlx.bench.front.files import read, write
     from kvpred_mlx.bench.front.pareto import pareto as run
     from kvpred_mlx.bench.front.settings import FrontSettings
+    from kvpred_mlx.files import kept_if_filled
 
     settings = FrontSettings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
     there = output_dir / "results.json"
@@ -80,19 +83,19 @@ def pareto(
     held_out = _encode(opened, documents) if documents else None
     if dequantize:
         making.dequantize(opened.pair)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results: Results = {}
+    with kept_if_filled(output_dir):
+        results: Results = {}
 
-    def finished(so_far: Results) -> None:
-        results.update(so_far)
-        write(output_dir, results, plot=not no_plot)
+        def finished(so_far: Results) -> None:
+            results.update(so_far)
+            write(output_dir, results, plot=not no_plot)
 
-    try:
-        with progress_bar("counting FLOPs") as progress:
-            run(opened.pair, opened.short_name, settings, held_out, before, progress, finished)
-    finally:
-        if results:
-            _show(results, output_dir, as_json)
+        try:
+            with progress_bar("counting FLOPs") as progress:
+                run(opened.pair, opened.short_name, settings, held_out, before, progress, finished)
+        finally:
+            if results:
+                _show(results, output_dir, as_json)
 
 
 def _methods(given: list[str] | None) -> list[str] | None:

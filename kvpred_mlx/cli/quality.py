@@ -36,7 +36,7 @@ def quality(
     exact_top: ExactTop = None,
     depth: Depth = None,
     dequantize: o.Dequantize = False,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.LARGEST_SEED, help="Of the bootstrap.")] = 0,
     as_json: o.AsJson = False,
 ) -> None:
     """Continue real text from exact and predicted prompt caches, and compare."""

@@ -89,7 +89,7 @@ def train(
     steps_per_report: Annotated[int, typer.Option(min=1, help="Steps between reports.")] = 10,
     restart: Annotated[bool, typer.Option("--restart", help="Forget a saved state.")] = False,
     text_key: o.TextKey = "text",
-    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.LARGEST_SEED, help="Of the order of the data.")] = 0,
     overwrite: o.Overwrite = False,
     upload_repo: o.UploadRepo = None,
 ) -> None:

@@ -66,10 +66,14 @@ def check_quantized_cache(
     family = getattr(base, "model_type", type(base).__name__)
     probe = make_prompt_cache(base)
     if any(isinstance(c, RotatingKVCache) for c in (*probe, *(prompt_cache or ()))):
-        raise UnsupportedModelError(f"kv_bits is {bits}, but the cache of {family} is a window, expected none")
+        raise UnsupportedModelError(
+            f"kv_bits is {bits}, but the cache of {family} is a window, expected none"
+        )
     tokens = mx.array([[0]])
     base(tokens, cache=probe)  # lazy: nothing is computed
-    widths = {a.shape[-1] for c in probe for name in ("keys", "values") if (a := getattr(c, name, None)) is not None}
+    widths = {
+        a.shape[-1] for c in probe for name in ("keys", "values") if (a := getattr(c, name, None)) is not None
+    }
     if any(width % group_size for width in widths):
         shown = " and ".join(map(str, sorted(widths)))
         fitting = [g for g in KV_GROUP_SIZES if not any(width % g for width in widths)]
@@ -79,7 +83,8 @@ def check_quantized_cache(
         )
     try:
         quantized = [
-            c.to_quantized(group_size=group_size, bits=bits) if hasattr(c, "to_quantized") else c for c in probe
+            c.to_quantized(group_size=group_size, bits=bits) if hasattr(c, "to_quantized") else c
+            for c in probe
         ]
         base(tokens, cache=quantized)
     except Exception as error:  # whatever its attention does not find in such a cache

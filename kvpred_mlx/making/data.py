@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.quant.utils import load_data
 
-from kvpred_mlx.errors import one_line
+from kvpred_mlx.errors import check_ranges, one_line
 
 CALIBRATION_TOKENS = 512
 DOCUMENT_CHARACTERS = 32768
@@ -97,8 +97,9 @@ class PackedSequences:
         """Pack token ids into rows of `length` inputs; what does not fill a row is left out.
 
         Raises:
-            ValueError: there is not one whole row.
+            ValueError: there is not one whole row, or the length is out of range.
         """
+        check_ranges({"length": length}, {"length": 1}, whole=["length"])
         closing = [] if end is None else [end]
         ids = np.fromiter((i for d in documents for i in (*d, *closing)), np.int32)
         n = len(ids) // (length + 1)

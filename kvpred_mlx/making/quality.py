@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.errors import check_ranges
 from kvpred_mlx.making.estimates import Estimate, Resampling
 from kvpred_mlx.making.explained_variance import ExplainedVariance
 from kvpred_mlx.making.windows import Windows
@@ -101,6 +102,7 @@ def measure(
     batch_size: int = 8,
     seed: int = 0,
     progress: ProgressCallback = no_progress,
+    begun: dict[str, Any] | None = None,
 ) -> Quality:
     """Score the continuations after every mode's prompt cache.
 
@@ -109,12 +111,21 @@ def measure(
             them (default: `modes_of(pair)`).
         over: the mode that `gains` are over.
         progress: called with the number of windows done and their total.
+        begun: what an interrupted call with the same windows and modes left in it, or {}; ready for JSON, kept up after
+            every batch.  Explained variances are of the windows since then alone.
+
+    Raises:
+        ValueError: a number is out of range.
     """
+    numbers = {"batch_size": batch_size, "seed": seed}
+    check_ranges(numbers, {"batch_size": 1, "seed": 0}, whole=numbers)
     modes = modes_of(pair) if modes is None else modes
     others = {name: prefill for name, prefill in modes.items() if name != "exact"}
-    scores: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in modes}
+    begun = {} if begun is None else begun
+    scores = {name: [_restored(values)] for name, values in begun["scores"].items()} if begun else {}
+    scores = scores or {name: [] for name in modes}
     variance = ExplainedVariance(pair)
-    for start in range(0, len(windows), batch_size):
+    for start in range(begun.get("windows", 0), len(windows), batch_size):
         chosen = slice(start, start + batch_size)
         prompts, continuations = mx.array(windows.prompts[chosen]), mx.array(windows.continuations[chosen])
         cache, true, predicted = _exact(pair, prompts[:, :-1])
@@ -124,7 +135,9 @@ def measure(
         for name, prefill in others.items():
             guesses, losses = _score(*prefill(prompts), prompts, continuations)
             scores[name].append(_metrics(guesses, losses, exact, windows, chosen))
-        progress(min(start + batch_size, len(windows)), len(windows))
+        done = min(start + batch_size, len(windows))
+        begun.update(windows=done, scores={name: _kept(batches) for name, batches in scores.items()})
+        progress(done, len(windows))
     resampling = Resampling(windows.documents, seed)
     means = {
         name: {m: resampling.means(np.concatenate([b[m] for b in batches])) for m in METRICS}
@@ -170,6 +183,16 @@ def _metrics(
         same[:, 0].astype(float),
     )
     return dict(zip(METRICS, values, strict=True))
+
+
+def _kept(batches: list[dict[str, np.ndarray]]) -> dict[str, tuple[str, list[float]]]:
+    """The scores so far, each metric's with its type."""
+    whole = {m: np.concatenate([b[m] for b in batches]) for m in METRICS}
+    return {m: (str(values.dtype), values.tolist()) for m, values in whole.items()}
+
+
+def _restored(kept: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {m: np.array(values, dtype) for m, (dtype, values) in kept.items()}
 
 
 def _add_retention(means: dict[str, dict[str, np.ndarray]]) -> None:

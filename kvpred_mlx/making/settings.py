@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from kvpred_mlx.errors import check_ranges
 from kvpred_mlx.pair import sources
 
 
@@ -36,7 +35,8 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         sources.check_source(self.source)
-        _check(self, {"tokens": 1, "batch_size": 1, "ridge": 0})
+        counts = {"tokens": 1, "batch_size": 1, "seed": 0}
+        check_ranges(vars(self), counts | {"ridge": 0}, whole=counts)
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,6 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         counts = ("iters", "batch_size", "grad_accumulation_steps", "save_every", "steps_per_report")
-        amounts = ("learning_rate", "end_learning_rate", "warmup", "weight_decay", "grad_clip")
-        _check(self, dict.fromkeys(counts, 1) | dict.fromkeys(amounts, 0))
-
-
-def _check(settings: Any, least: Mapping[str, int]) -> None:
-    """Refuse fields that are below their least value, or no numbers; None is none given."""
-    given = {name: value for name in least if (value := getattr(settings, name)) is not None}
-    wrong = [
-        f"{name} is {value}, expected {'0 or more' if least[name] == 0 else f'at least {least[name]}'}"
-        for name, value in given.items()
-        if not value >= least[name]
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
+        whole = dict.fromkeys(counts, 1) | {"warmup": 0, "seed": 0}
+        amounts = dict.fromkeys(("learning_rate", "end_learning_rate", "weight_decay", "grad_clip"), 0)
+        check_ranges(vars(self), whole | amounts, {"end_learning_rate": 1}, whole)

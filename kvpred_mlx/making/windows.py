@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kvpred_mlx.errors import check_ranges
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -44,8 +46,15 @@ def cut_windows(
     """Cut windows of `prompt_tokens` + `score_tokens` from documents, spread evenly over each.
 
     Raises:
-        ValueError: no document is long enough.
+        ValueError: no document is long enough, or a number is out of range.
     """
+    counts = {
+        "prompt_tokens": prompt_tokens,
+        "score_tokens": score_tokens,
+        "most": most,
+        "per_document": per_document,
+    }
+    check_ranges(counts, dict.fromkeys(counts, 1), whole=counts)
     size = prompt_tokens + score_tokens
     found: list[tuple[int, Sequence[int] | np.ndarray]] = []
     for d, ids in enumerate(documents):

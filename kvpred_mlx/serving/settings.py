@@ -8,6 +8,8 @@ from typing import Any
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
+from kvpred_mlx.errors import check_ranges
+
 
 @dataclass
 class ServerSettings(Namespace):
@@ -16,6 +18,9 @@ class ServerSettings(Namespace):
     Args:
         draft: "auxiliary" for speculative decoding with the pair's auxiliary (requests are then answered one by
             one), None for none; the default that a request's `draft_model` overrides.
+
+    Raises:
+        ValueError: naming what was given and what was expected.
     """
 
     host: str = "127.0.0.1"
@@ -45,3 +50,12 @@ class ServerSettings(Namespace):
     draft_model: str | None = None
     trust_remote_code: bool = False
     pipeline: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {
+            "port": 0, "num_draft_tokens": 1, "top_k": 0, "max_tokens": 1, "decode_concurrency": 1,
+            "prompt_concurrency": 1, "prefill_step_size": 2, "prompt_cache_size": 1, "prompt_cache_bytes": 0,
+            "quantized_kv_start": 0,
+        }  # fmt: skip
+        shares = {"temp": 0, "top_p": 0, "min_p": 0}
+        check_ranges(vars(self), counts | shares, {"port": 65535, "top_p": 1, "min_p": 1}, counts)
