@@ -127,6 +127,34 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, mon
         assert all(a[name] == b[name] for name in ("quality", "recall", "gain", "flops"))
 
 
+def test_scoring_goes_on_after_the_windows_that_were_done(demo_pair):
+    """Ctrl-C in the middle of a length's text: what is scored is kept, and the figures are those of a whole run."""
+    documents = [TEXT] * 3  # four windows of each, eight at a time
+    ids = [demo_pair[1].encode(text, add_special_tokens=False) for text in documents]
+    data = Data(demo_pair[1], documents, ids)
+    settings = FrontSettings([96], ["predicted"], [0.1], windows=12, score_tokens=8, questions=0, trials=1)
+    kept, scored = [], []
+
+    def stop(done, total, what):
+        if (done, total, what) == (8, 12, "96 tokens: text"):
+            raise KeyboardInterrupt
+
+    def note(done, total, what):
+        scored.extend([done] if what.endswith("text") else [])
+
+    with pytest.raises(KeyboardInterrupt):
+        pareto(
+            demo_pair[0], "pycode", settings, data, progress=stop,
+            finished=lambda so_far: kept.append(json.dumps(so_far)),
+        )  # fmt: skip
+    before = json.loads(kept[-1])
+    assert before["scoring"]["96"]["windows"] == 8
+    found = pareto(demo_pair[0], "pycode", settings, data, before, progress=note)
+    assert found["complete"] and "scoring" not in found and scored == [12]
+    whole = pareto(demo_pair[0], "pycode", settings, data)
+    assert [c["quality"] for c in found["cells"]] == [c["quality"] for c in whole["cells"]]
+
+
 def test_other_settings_do_not_go_on(demo_pair, data, front):
     other = FrontSettings([96, 128], ["predicted"], [0.1], windows=5)
     with pytest.raises(

@@ -130,6 +130,7 @@ def generate(
     from mlx_lm.generate import str2bool
     from mlx_lm.sample_utils import make_sampler
 
+    from kvpred_mlx.generation.checks import check_quantized_cache
     from kvpred_mlx.generation.stream import stream_generate
 
     if seed is not None:
@@ -139,6 +140,10 @@ def generate(
         saved.check_quantization(kv_bits, kv_group_size)
     others = OtherModels(base, auxiliary, force)
     opened = _open(model, others, saved, exact, given_dial, trust_remote_code)
+    if kv_bits is not None:
+        check_quantized_cache(
+            opened.pair, kv_bits, kv_group_size, max_kv_size, saved.entries if saved else None
+        )
     tokenizer = opened.tokenizer
     for token in extra_eos_token or []:
         tokenizer.add_eos_token(token)

@@ -7,17 +7,19 @@ import math
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-NUMBERS = {  # parameters that mlx-lm would take true and false for
-    "max_tokens", "max_completion_tokens", "num_draft_tokens", "seed", "temperature", "top_p", "top_k", "min_p",
-    "top_logprobs", "repetition_penalty", "repetition_context_size", "presence_penalty", "presence_context_size",
-    "frequency_penalty", "frequency_context_size", "xtc_probability", "xtc_threshold",
+LARGEST = (1 << 31) - 1  # of sizes and counts: more does not fit MLX's integers
+WHOLE = {  # whole numbers: the least, and the largest; mlx-lm would take true and false for numbers
+    "max_tokens": (1, LARGEST), "max_completion_tokens": (1, LARGEST), "num_draft_tokens": (0, LARGEST),
+    "seed": (0, (1 << 64) - 1), "top_k": (0, LARGEST), "top_logprobs": (-1, 11),
+    "repetition_context_size": (0, LARGEST), "presence_context_size": (0, LARGEST),
+    "frequency_context_size": (0, LARGEST),
+}  # fmt: skip
+NUMBERS = {  # likewise numbers; mlx-lm's samplers refuse more, in mid-generation
+    "temperature": (0, None), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0, None),
+    "presence_penalty": (None, None), "frequency_penalty": (None, None), "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
 }  # fmt: skip
 FLAGS = {"stream", "logprobs"}
-RANGES = {
-    "xtc_threshold": (0, 0.5),
-    "xtc_probability": (0, 1),
-}  # mlx-lm's samplers refuse more, in mid-generation
-LARGEST = (1 << 31) - 1  # of sizes and counts: more does not fit MLX's integers
 UNKEPT = {  # what OpenAI promises, with the values that ask for nothing
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
@@ -47,15 +49,8 @@ def check_types(body: dict[str, Any]) -> None:
         if name in body and body[name] not in values:
             raise RequestError(f"{name} is {_short(body[name])}, which is not supported", name)
     for name, value in body.items():
-        if name in NUMBERS - {"seed"} and type(value) is int and abs(value) > LARGEST:
-            raise RequestError(f"{name} is {value}, expected at most {LARGEST}", name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{name} is {value}, expected a finite number", name)
-        low, high = RANGES.get(name, (value, value))
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise RequestError(f"{name} is {value}, expected {low} to {high}", name)
-        if type(value) is bool and name in NUMBERS:
-            raise RequestError(f"{name} is {json.dumps(value)}, expected a number", name)
+        if name in WHOLE or name in NUMBERS:
+            _check_number(name, value)
         if name in FLAGS and type(value) is not bool:
             raise RequestError(f"{name} is {value!r}, expected true or false", name)
     if body.get("stream") and (
@@ -64,9 +59,6 @@ def check_types(body: dict[str, Any]) -> None:
         raise RequestError("logprobs are not supported in a stream, expected one of the two", "logprobs")
     if isinstance(body.get("top_logprobs"), int) and body["top_logprobs"] > 0 and not body.get("logprobs"):
         raise RequestError("top_logprobs without logprobs, expected logprobs: true beside it", "top_logprobs")
-    seed = body.get("seed")
-    if type(seed) is int and not 0 <= seed < 1 << 64:
-        raise RequestError(f"seed is {seed}, expected 0 to {(1 << 64) - 1}", "seed")
     if body.get("n") not in (None, 1):
         raise RequestError(f"n is {body['n']!r}, expected 1: one choice for each request", "n")
     if body.get("adapters") is not None:
@@ -84,6 +76,22 @@ def check_types(body: dict[str, Any]) -> None:
             raise RequestError(
                 f"logit_bias is {{{token!r}: {bias!r}}}, expected a number for each id", "logit_bias"
             )
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse what is no number, or out of its range."""
+    whole = name in WHOLE
+    low, high = WHOLE.get(name) or NUMBERS[name]
+    if type(value) is not int and (whole or type(value) is not float):
+        shown = _short(value) if type(value) is not bool else json.dumps(value)
+        raise RequestError(f"{name} is {shown}, expected a {'whole ' * whole}number", name)
+    if not math.isfinite(value):
+        raise RequestError(f"{name} is {value}, expected a finite number", name)
+    if (low is not None and value < low) or (high is not None and value > high):
+        expected = f"{low} to {high}" if high is not None and high != LARGEST else f"at least {low}"
+        if high == LARGEST and value > high:
+            expected = f"at most {LARGEST}"
+        raise RequestError(f"{name} is {value}, expected {expected}", name)
 
 
 def without_nulls(body: dict[str, Any]) -> dict[str, Any]:

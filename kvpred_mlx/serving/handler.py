@@ -123,6 +123,8 @@ class PairHandler(APIHandler):
             ValueError: naming the parameter, what was given and what was expected.
         """
         check_types(self.body)
+        for name in ("xtc_probability", "xtc_threshold"):  # where mlx-lm takes no 1 for 1.0
+            setattr(self, name, float(getattr(self, name)))
         super().validate_model_parameters()
         self._served = self._requested_pair()
         size = self._served.pair.vocab_size
