@@ -90,6 +90,22 @@ def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliar
     assert found[:3] == unrepaired[:3] and difference(other, [*plain, None]) > 0.01
 
 
+@pytest.mark.parametrize("more", [2, 3])
+def test_a_chunk_of_one_token_is_no_generated_one(demo_pair, monkeypatch, more):
+    """A short prompt after a predicted one: all but its last token come in one call, be they one or several."""
+    _, cache = generate(demo_pair[0], tokens(41), 1)
+    before, known, finish = cache[-1].size(), [], module._Work.finish
+
+    def noted(work, inputs, cache, status):
+        known.append(cache[-1].size())
+        return finish(work, inputs, cache, status)
+
+    monkeypatch.setattr(module._Work, "finish", noted)
+    options = {"max_tokens": 14, "prompt_cache": cache, "repair": True, "repair_budget": 1}
+    *_, last = generation.stream_generate(*demo_pair, tokens(more, seed=1)[0].tolist(), **options)
+    assert last.repair.exact_from == known[0] - (before + more - 1) > 3
+
+
 def test_nothing_is_repaired_before_the_first_token_is_out(monkeypatch):
     model, reads = RepairingModel(make_pair(), budget=1), []
     read, finish = model._work.read, model._work.finish

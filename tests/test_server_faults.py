@@ -11,6 +11,7 @@ import threading
 import time
 from argparse import Namespace
 
+import mlx.core as mx
 import mlx_lm.server
 import pytest
 from processes import command, serving
@@ -20,6 +21,7 @@ from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving import generator as generator_module
 from kvpred_mlx.serving.generator import PairGenerator, PairPromptCache, PairProvider
 from kvpred_mlx.serving.handler import PairHandler
+from kvpred_mlx.serving.random_state import mend_random_state
 from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
 
@@ -246,6 +248,21 @@ def test_health_tells_of_failures_that_go_on(demo_pair, monkeypatch):
     finally:
         generator.stop_and_join()
     assert not generator.is_healthy
+
+
+@pytest.mark.usefixtures("compiling")
+def test_random_numbers_are_whole_after_a_failure_in_a_sampler():
+    """A function that fails while it is compiled leaves a state that no sample can be drawn with."""
+
+    def fails(x):
+        raise ValueError(mx.random.normal(x.shape))
+
+    with pytest.raises(ValueError):
+        mx.compile(fails, inputs=mx.random.state, outputs=mx.random.state)(mx.zeros(3))
+    with pytest.raises(RuntimeError):
+        mx.eval(mx.random.state)
+    mend_random_state()
+    mx.eval(mx.random.normal((3,)))
 
 
 def test_bodies_in_chunks(served):

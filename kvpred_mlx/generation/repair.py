@@ -62,22 +62,31 @@ class RepairingModel(nn.Module):
             least at (1 - budget) times their speed without it, as far as times can be foretold; 1 reads a slice
             with every token.
         max_kv_size: as in `KVPredictionModel.make_cache`.
+        prompt_tokens: of the prompt that comes; without it a chunk of one token counts as a generated one.
 
     Raises:
         ValueError: the budget is not a share.
     """
 
-    def __init__(self, pair: KVPredictionModel, budget: float = BUDGET, max_kv_size: int | None = None):
+    def __init__(
+        self,
+        pair: KVPredictionModel,
+        budget: float = BUDGET,
+        max_kv_size: int | None = None,
+        prompt_tokens: int = 1,
+    ):
         super().__init__()
         if not 0 < budget <= 1:
             raise ValueError(f"the repair budget is {budget!r}, expected a share of time above 0 and up to 1")
         self.pair = pair
         self.status = RepairStatus()
         self._work = _Work(pair, budget, max_kv_size)
+        self._to_come = prompt_tokens - 1  # in chunks, before the last one
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         work, entry = self._work, cache[-1]
-        if inputs.shape[1] > 1:
+        if inputs.shape[1] > 1 or self._to_come > 0:
+            self._to_come -= inputs.shape[1]
             work.start(cache)
             with work.watching(cache):
                 return self.pair(inputs, cache=cache)

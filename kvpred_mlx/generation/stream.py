@@ -90,7 +90,7 @@ def stream_generate(
     if repair:
         if draft is not None or not isinstance(model, KVPredictionModel):
             raise ValueError("only a pair without a draft model has a predicted cache to repair")
-        model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"))
+        model = RepairingModel(model, repair_budget, kwargs.get("max_kv_size"), prompt.size)
     rates = Rates(model.status if isinstance(model, RepairingModel) else None)
     accepted = 0
     for response in _responses(model, tokenizer, prompt, max_tokens, draft, clock, kwargs):
