@@ -77,6 +77,7 @@ def test_every_step(small, tmp_path, monkeypatch):
     assert len(small) == 6 and (tmp_path / "pair" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_hybrid_pair(small, tmp_path, monkeypatch):
     iters = ",".join("1" * len(plan.SHARES))
     argv = ["demo_pair", "--folder", str(tmp_path), "--iters", iters, "--layout", "hybrid"]

@@ -418,6 +418,7 @@ def test_keys_and_values_beside_unused_columns(heads: str, batch: int) -> None:
     assert all(mx.allclose(g, w, atol=1e-6) for g, w in zip(gradients, weights, strict=True))
 
 
+@pytest.mark.slow
 def test_columns_are_the_same_before_the_weights_are_loaded() -> None:
     # A saved pair's taps are made on the untrained model that its weights are then loaded into.
     fused = [f for f in ATTENTION if any(len(places) == 1 for places in taps_of(f).places)]

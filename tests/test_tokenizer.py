@@ -146,6 +146,7 @@ def is_tie(pair: Pair, text: str) -> bool:
     return math.isclose(*scores, rel_tol=1e-6)
 
 
+@pytest.mark.variations(2)
 def test_runs_of_spaces(pair: Pair) -> None:
     for length in range(201):
         for text in (" " * length, "x" + " " * length, " " * length + "x"):
