@@ -150,7 +150,7 @@ def test_bench(root, run, tmp_path):
 def test_pareto(root, run, tmp_path):
     code, _, err = run(
         "pareto", "--model", root / "two", "--data", root / "text.txt", "--prompt-lens", 64, "--score-tokens", 8,
-        "--windows", 2, "--budgets", "0.5", "--output-dir", tmp_path / "front", "--methods",
+        "--windows", 2, "--all-documents", "--budgets", "0.5", "--output-dir", tmp_path / "front", "--methods",
         "exact,predicted,dial-last,dial-top,sparse-top,last-only",
     )  # fmt: skip
     assert code == 0, err

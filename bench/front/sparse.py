@@ -79,19 +79,36 @@ def _drop_in_order(base: nn.Module, columns: Columns) -> Prefill:
     """The same on a base with states: the kept tokens one run after the other, keys at their own positions."""
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
-        kept, n = columns(prompt[:, :-1]), prompt.shape[1] - 1
-        if prompt.shape[0] > 1:
-            raise ValueError(f"{prompt.shape[0]} prompts at once, expected one: each keeps other tokens")
-        places: Any = kept[0].tolist()
+        kept: Any = columns(prompt[:, :-1]).tolist()
+        rows = [one_row(prompt[r : r + 1], places) for r, places in enumerate(kept)]
+        return base, [_side_by_side(list(entries)) for entries in zip(*rows, strict=True)]
+
+    def one_row(prompt: mx.array, places: list[int]) -> list[Any]:
         cache = [_sparse(entry) for entry in make_prompt_cache(base)]
         starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
         for start, stop in pairwise([*starts, len(places)]):
             _move(cache, places[start] - start)
             base(prompt[:, places[start] : places[stop - 1] + 1], cache=cache)
-        _move(cache, n - len(places))
-        return base, cache
+        _move(cache, prompt.shape[1] - 1 - len(places))
+        return cache
 
     return prefill
+
+
+def _side_by_side(rows: list[Any]) -> Any:
+    """The same entry of several rows, each with as many tokens, as one."""
+    if isinstance(rows[0], SparseKVCache):
+        keys, values = (
+            mx.concatenate(list(part)) for part in zip(*((r.keys, r.values) for r in rows), strict=True)
+        )
+        return SparseKVCache(rows[0].dropped, keys, values)
+    made = ArraysCache(len(rows[0].cache))
+    made.state = (
+        [mx.concatenate(list(part)) for part in zip(*(r.cache for r in rows), strict=True)],
+        None,
+        None,
+    )
+    return made
 
 
 def _sparse(entry: Any) -> Any:
