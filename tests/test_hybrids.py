@@ -247,7 +247,6 @@ def test_laziness_nothing_but_the_needed_weights(base):
     prompt = tokens(50, 1)
     expected = prefill(model, prompt)
     depth = model.base_taps.layer_of(1)
-    kept = {id(p.projection) for p in model.base_taps.run.__self__.sites}
 
     def spoil(path, array):
         name = next((p for p in path.split(".") if p.isdigit()), None)
@@ -255,7 +254,6 @@ def test_laziness_nothing_but_the_needed_weights(base):
         large = path.endswith("weight") and array.ndim == 2
         return array * float("nan") if later and large else array
 
-    assert kept
     model.base.update(tree_map_with_path(spoil, model.base.parameters()))
     assert any(bool(mx.any(mx.isnan(a))) for _, a in tree_flatten(model.base.parameters()) if a.ndim == 2)
     assert difference(prefill(model, prompt), expected) == 0

@@ -74,9 +74,10 @@ class PairParts(nn.Module):
             UnsupportedModelError: they cannot.
         """
         self.importance.check()
+        if isinstance(self.reader, FirstLayersReader):
+            self.reader.heard_layers(self.reader.depth)
         if not self.reads_in_order:
             self.rows.check()
-        _ = self.heard_layers
 
     @property
     def reads_in_order(self) -> bool:
