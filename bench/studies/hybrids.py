@@ -10,17 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import mlx.core as mx
-import typer
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvpred_mlx.bench.common import command, machine
+from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.common.flops import ttft_flops
-from kvpred_mlx.bench.common.results import machine_text
 from kvpred_mlx.bench.common.statistics import Interval, paired_ratio
-from kvpred_mlx.bench.studies.scans import FAMILIES, VOCABULARY, build
+from kvpred_mlx.bench.studies.scans import (
+    FAMILIES,
+    VOCABULARY,
+    Layers,
+    PromptLens,
+    Trials,
+    Width,
+    begin,
+    build,
+)
 from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
@@ -48,19 +55,14 @@ class Row:
 
 
 def main(
-    prompt_lens: Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 512,2048.")] = None,
-    layers: Annotated[int, typer.Option(min=4, help="Of each model, a multiple of four.")] = 8,
-    width: Annotated[int, typer.Option(min=64, help="Of hidden states, a multiple of 64.")] = 1024,
-    trials: Annotated[int, typer.Option(min=1, help="Of each way, after one that is not counted.")] = 5,
+    prompt_lens: PromptLens = None,
+    layers: Layers = 8,
+    width: Width = 1024,
+    trials: Trials = 5,
 ) -> None:
     """Full, injected and half-predicted prefill of models with states."""
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 33)
-    if layers % 4 or width % 64:
-        raise typer.BadParameter(
-            f"--layers {layers} --width {width}, expected multiples of 4 and of 64", param_hint="--layers"
-        )
-    about = {"machine": machine.describe(), "pair": {"dtype": "float32"}}
-    print(f"{machine_text(about)}; {layers} layers of width {width}", flush=True)
+    begin(layers, width)
     for family in FAMILIES:
         with progress_bar(family) as progress:
             for row in measure(family, layers, width, lengths, trials, progress):

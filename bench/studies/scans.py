@@ -30,6 +30,10 @@ from kvpred_mlx.scans.when import OPT_OUT, on_cpu
 
 VOCABULARY = 2048
 FAMILIES = ("qwen3_5", "granitemoehybrid", "lfm2")
+PromptLens = Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 512,2048.")]
+Layers = Annotated[int, typer.Option(min=4, help="Of each model, a multiple of four.")]
+Width = Annotated[int, typer.Option(min=64, help="Of hidden states, a multiple of 64.")]
+Trials = Annotated[int, typer.Option(min=1, help="Of each way, after one that is not counted.")]
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,34 @@ class Row:
 
 
 def main(
-    prompt_lens: Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 512,2048.")] = None,
-    layers: Annotated[int, typer.Option(min=4, help="Of each model, a multiple of four.")] = 8,
-    width: Annotated[int, typer.Option(min=64, help="Of hidden states, a multiple of 64.")] = 1024,
-    trials: Annotated[int, typer.Option(min=1, help="Of each way, after one that is not counted.")] = 5,
+    prompt_lens: PromptLens = None,
+    layers: Layers = 8,
+    width: Width = 1024,
+    trials: Trials = 5,
 ) -> None:
     """Prefill with this package's scans and with mlx-lm's own."""
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
-    if layers % 4 or width % 64:
-        raise typer.BadParameter(
-            f"--layers {layers} --width {width}, expected multiples of 4 and of 64", param_hint="--layers"
-        )
     if not on_cpu():
         raise typer.BadParameter("MLX computes on another device, expected its CPU backend")
-    about = {"machine": machine.describe(), "pair": {"dtype": "float32"}}
-    print(f"{machine_text(about)}; {layers} layers of width {width}", flush=True)
+    begin(layers, width)
     for family in FAMILIES:
         with progress_bar(family) as progress:
             for row in measure(family, layers, width, lengths, trials, progress):
                 print(text(row), flush=True)
+
+
+def begin(layers: int, width: int) -> None:
+    """Check the models' shape, and say on what they run.
+
+    Raises:
+        typer.BadParameter: there are no such models.
+    """
+    if layers % 4 or width % 64:
+        raise typer.BadParameter(
+            f"--layers {layers} --width {width}, expected multiples of 4 and of 64", param_hint="--layers"
+        )
+    about = {"machine": machine.describe(), "pair": {"dtype": "float32"}}
+    print(f"{machine_text(about)}; {layers} layers of width {width}", flush=True)
 
 
 def text(row: Row) -> str:
