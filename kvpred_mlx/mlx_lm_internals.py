@@ -82,7 +82,7 @@ USED: dict[str, dict[str, str]] = {
         "KVCache.keys_and_values": "",
         "KVCache.merge": "caches",
         "KVCache.offset": "",
-        "KVCache.to_quantized": "",
+        "KVCache.to_quantized": "group_size bits",
         "KVCache.trim": "n",
         "KVCache.update_and_fetch": "keys values",
         "LRUPromptCache": "max_size",
