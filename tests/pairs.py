@@ -60,6 +60,15 @@ def tokens(n: int, seed: int = 0, batch: int = 1) -> mx.array:
     return mx.random.randint(1, 127, (batch, n), key=mx.random.key(seed))
 
 
+def prefill(model, *chunks, cache=None):
+    """A prompt cache that has read the chunks [B, L], one call for each."""
+    cache = cache or model.make_cache()
+    for chunk in chunks:
+        model(chunk, cache=cache)
+        mx.eval([c.state for c in cache])
+    return cache
+
+
 def kv_entries(cache) -> list[KV]:
     """What attention sees of the base's entries: keys and values, a window's in order of time."""
     seen = []

@@ -11,7 +11,7 @@ from conftest import fails
 from families import ATTENTION, WINDOW, build
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tapped, tokens
+from pairs import PAIRS, difference, kv_entries, make_pair, prefill, reference_cache, tapped, tokens
 
 from kvpred_mlx import ExactPositions, UnsupportedModelError, load_model, save
 from kvpred_mlx.dial.importance import choose
@@ -23,14 +23,6 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 TOLERANCE = 1e-4
 WITHOUT_ROWS = ["gemma2", "gpt_bigcode", "llama4"]
 UNWINDOWED = [p for p in PAIRS if p[0] != "gemma3_text"]
-
-
-def prefill(model, *chunks, cache=None):
-    cache = cache or model.make_cache()
-    for chunk in chunks:
-        model(chunk, cache=cache)
-        mx.eval([c.state for c in cache])
-    return cache
 
 
 def spans(length, exact, prompt):

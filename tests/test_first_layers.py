@@ -15,6 +15,7 @@ from pairs import (
     difference,
     first_layers_reference,
     make_first_layers_pair,
+    prefill,
     states_difference,
     tapped,
     tokens,
@@ -27,14 +28,6 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 from kvpred_mlx.taps.states import states
 
 TOLERANCE = 1e-4
-
-
-def prefill(model, *parts):
-    cache = model.make_cache()
-    for part in parts:
-        model(part, cache=cache)
-        mx.eval([c.state for c in cache])
-    return cache
 
 
 @pytest.mark.parametrize("family", INJECTABLE)

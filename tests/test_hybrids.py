@@ -10,7 +10,7 @@ import pytest
 from families import STATES, build
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
-from pairs import first_layers_reference, make_first_layers_pair, make_pair, tokens
+from pairs import first_layers_reference, make_first_layers_pair, make_pair, prefill, tokens
 from pairs import states_difference as difference
 
 from kvpred_mlx import ExactPositions, KVPredictionModel, UnsupportedModelError
@@ -54,14 +54,6 @@ def reference(model: KVPredictionModel, parts):
         mx.eval([c.state for c in cache])
         start = stop
     return [*cache, None]
-
-
-def prefill(model, *chunks, cache=None):
-    cache = cache or model.make_cache()
-    for chunk in chunks:
-        model(chunk, cache=cache)
-        mx.eval([c.state for c in cache])
-    return cache
 
 
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)

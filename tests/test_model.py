@@ -12,21 +12,13 @@ from families import build
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
-from pairs import PAIRS, difference, kv_entries, make_pair, reference_cache, tokens
+from pairs import PAIRS, difference, kv_entries, make_pair, prefill, reference_cache, tokens
 from test_families import leaky_llama
 
 from kvpred_mlx import KVPredictionModel, Predictor, UnsupportedModelError
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
 
 TOLERANCE = 1e-4
-
-
-def prefill(model, *chunks, cache=None):
-    cache = cache or model.make_cache()
-    for chunk in chunks:
-        model(chunk, cache=cache)
-        mx.eval([c.state for c in cache])
-    return cache
 
 
 def decode(model, cache, given):
