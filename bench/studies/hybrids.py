@@ -7,7 +7,6 @@ predicted: the scans are what is left), and a prefill by half of the base's own 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from kvpred_mlx.bench.studies.scans import (
     Width,
     begin,
     build,
+    time_filling,
 )
 from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -99,8 +99,8 @@ def measure(
         def inject(tokens: mx.array, cache: list[Any], kv: Any = kv) -> None:
             taps.inject(kv, tokens, cache, logits=False)
 
-        ways: dict[str, Callable[[mx.array, list[Any]], Any]] = {
-            "full": lambda tokens, cache: taps.model(tokens, cache=cache),
+        ways: dict[str, Callable[..., Any]] = {
+            "full": taps.model,
             "injected": inject,
             "half": lambda tokens, cache: pair(tokens, cache=[*cache, pair.make_cache()[-1]]),
         }
@@ -108,18 +108,10 @@ def measure(
         for trial in range(trials + 1):
             progress(trial, trials + 1, f"{n} tokens")
             for name, way in ways.items():
-                seconds[name].append(_time(way, tokens, make_prompt_cache(taps.model)))
+                seconds[name].append(time_filling(way, tokens, make_prompt_cache(taps.model)))
         full, injected, half = (times[1:] for times in seconds.values())
         allowed = ttft_flops(pair, n).ratio
         yield Row(family, n, paired_ratio(injected, full), paired_ratio(full, half), allowed)
-
-
-def _time(way: Callable[[mx.array, list[Any]], Any], tokens: mx.array, cache: list[Any]) -> float:
-    mx.clear_cache()
-    start = time.perf_counter()
-    way(tokens, cache)
-    mx.eval([entry.state for entry in cache])
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

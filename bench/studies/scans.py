@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -173,13 +173,18 @@ def _mlx_lm_s_own() -> Iterator[None]:
 def _read(model: nn.Module, tokens: mx.array) -> tuple[float, dict[str, mx.array]]:
     """Seconds until the caches are filled, and what they hold."""
     cache = make_prompt_cache(model)
-    mx.clear_cache()
-    start = time.perf_counter()
-    model(tokens, cache=cache)
-    mx.eval([entry.state for entry in cache])
-    seconds = time.perf_counter() - start
+    seconds = time_filling(model, tokens, cache)
     held = dict(tree_flatten([entry.state for entry in cache]))
     return seconds, {name: x for name, x in held.items() if isinstance(x, mx.array)}
+
+
+def time_filling(fill: Callable[..., Any], tokens: mx.array, cache: list[Any]) -> float:
+    """Seconds that `fill(tokens, cache=cache)` takes until what the cache holds is computed."""
+    mx.clear_cache()
+    start = time.perf_counter()
+    fill(tokens, cache=cache)
+    mx.eval([entry.state for entry in cache])
+    return time.perf_counter() - start
 
 
 def _difference(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:

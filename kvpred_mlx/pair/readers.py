@@ -226,7 +226,7 @@ class FirstLayersReader:
         for depth in self._predictor.depths:
             cache = make_prompt_cache(self._base.model)
             self.fill(tokens, cache, depth=depth)
-            pairs = zip(states(plain[: depth + 1]).values(), states(cache[: depth + 1]).values(), strict=True)
+            pairs = _pairs(plain[: depth + 1], cache[: depth + 1])
             same = [mx.array_equal(x, y) for x, y in pairs]
             if not all(bool(one) for one in same):
                 raise UnsupportedModelError(
@@ -269,8 +269,7 @@ class FirstLayersReader:
                 self._base.model(tokens, cache=plain)
             for part in (slice(cut), slice(cut, None)):
                 self.resume(depth, kept[0][:, part], tokens[:, part], again)
-            pairs = zip(states(plain[depth:]).values(), states(again[depth:]).values(), strict=True)
-            return all(close(x, y) for x, y in pairs if x.size)
+            return all(close(x, y) for x, y in _pairs(plain[depth:], again[depth:]))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False  # a family whose layers do more than follow one from the other
 
@@ -338,6 +337,12 @@ def with_logits(base: KVTaps, inject: Callable[..., mx.array], cache: list[Any])
     aside = copy.deepcopy(cache)
     inject(cache, logits=False)
     return inject(aside, logits=True)
+
+
+def _pairs(some: Sequence[Any], others: Sequence[Any]) -> list[tuple[mx.array, mx.array]]:
+    """What two caches hold, side by side; arrays without columns are left out."""
+    pairs = zip(states(some).values(), states(others).values(), strict=True)
+    return [(x, y) for x, y in pairs if x.size]
 
 
 def _check_widths(parts: Sequence[tuple[str, Sequence[Any], Sequence[Any], KVTaps]]) -> None:

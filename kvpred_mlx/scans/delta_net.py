@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import gated_delta
@@ -72,16 +73,8 @@ def scan(
 
 def _instead_of(theirs: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., tuple[mx.array, mx.array]]:
     @functools.wraps(theirs)
-    def gated_delta_ops(
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        g: mx.array,
-        beta: mx.array,
-        state: mx.array | None = None,
-        mask: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        return (scan if applies(q.shape[1]) else theirs)(q, k, v, g, beta, state, mask)
+    def gated_delta_ops(q: mx.array, *args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        return (scan if applies(q.shape[1]) else theirs)(q, *args, **kwargs)
 
     return gated_delta_ops
 

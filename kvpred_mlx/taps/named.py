@@ -27,7 +27,7 @@ def named_structure(family: str, model: nn.Module) -> Structure:
     """
     sites = list(find_sites(model))
     norms = {i: norm for i, site in enumerate(sites) if (norm := key_norm(site)) is not None}
-    dry = _DryRun(model, Runner(model, sites))
+    dry = _DryRun(Runner(model, sites))
     calls = dry.run(make_prompt_cache(model))
     # Layers that borrow keys and values find them in the cache; without one they make their own.
     needs_cache = calls != dry.run(None)
@@ -52,8 +52,8 @@ def named_structure(family: str, model: nn.Module) -> Structure:
 class _DryRun:
     """Which sites a prefill really calls, and the widths of what they read and return."""
 
-    def __init__(self, model: nn.Module, runner: Runner):
-        self._model, self._runner = model, runner
+    def __init__(self, runner: Runner):
+        self._runner = runner
         self.pieces: dict[int, list[int]] = {}
         self.in_dims: dict[int, int] = {}
         self.out_dims: dict[int, int] = {}
