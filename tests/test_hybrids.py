@@ -14,6 +14,7 @@ from pairs import first_layers_reference, make_first_layers_pair, make_pair, pre
 from pairs import states_difference as difference
 
 from kvpred_mlx import ExactPositions, KVPredictionModel, UnsupportedModelError
+from kvpred_mlx.bench.common.flops import dial_flops
 from kvpred_mlx.generation.repair import RepairingModel
 from kvpred_mlx.pair.in_order import BLOCK_TOKENS
 from kvpred_mlx.taps.kv import KV
@@ -129,11 +130,11 @@ def test_the_dial_s_ends(base, auxiliary, dial):
 def test_top_means_blocks_in_order(base, auxiliary, last):
     model = pair_of(base, auxiliary, min_prompt_tokens=8)
     model.exact_positions = ExactPositions(first=4, last=last, top=0.3)
-    prompt, spans, inner = tokens(200, 1), [], model.base
+    prompt, spans, inner = tokens(200, 1), [], model.base_taps.model
     cache = prefill(model, prompt)
-    model.base = Noted(inner, spans)
+    model.base_taps.model = Noted(inner, spans)
     again = prefill(model, prompt)
-    model.base = inner
+    model.base_taps.model = inner
     assert difference(cache, again) == 0
     lengths = [n for n in spans if n > 1]
     assert sum(lengths) == 4 + model.exact_positions.last_of(200) + 60
@@ -178,6 +179,31 @@ def test_the_tokens_that_are_listened_to_decide():
     assert difference(dialled, exact) > 0 and difference(prefill(plain, prompt), dialled) > 0
 
 
+@pytest.mark.parametrize("dial", [ExactPositions(top=0.3), ExactPositions(first=5, last=0.2, top=0.2)])
+@pytest.mark.parametrize(("base", "cuts"), [("qwen3_5", ()), ("qwen3_5", (70,)), ("lfm2", (70,))])
+def test_first_layers_that_are_listened_to_need_not_read_again(base, cuts, dial, monkeypatch):
+    model = make_first_layers_pair(base, (2,), min_prompt_tokens=8, exact_positions=dial)
+    prompt, read = tokens(128, 1), []
+    pieces = [prompt[:, a:b] for a, b in zip((0, *cuts), (*cuts, 128), strict=True)]
+    first, call = model.base.layers[0], type(model.base.layers[0]).__call__
+
+    def noted(self, x, *args, **kwargs):
+        if self is first:
+            read.append(x.shape[1])
+        return call(self, x, *args, **kwargs)
+
+    assert model.reader.resumable(2)
+    monkeypatch.setattr(type(first), "__call__", noted)
+    once = prefill(model, *pieces)
+    assert sum(n for n in read if n > 2) == 128  # families are tried on two tokens
+    flops = dial_flops(model, dial, 129)
+    monkeypatch.setattr(model.reader, "resumable", lambda depth: False)
+    read.clear()
+    twice = prefill(model, *pieces)
+    assert sum(n for n in read if n > 2) >= 256 and dial_flops(model, dial, 129) > flops
+    assert difference(once, twice) < TOLERANCE
+
+
 def test_no_attention_that_could_choose():
     model = make_first_layers_pair(
         "mamba2", (1,), min_prompt_tokens=8, exact_positions=ExactPositions(top=0.5)
@@ -187,8 +213,15 @@ def test_no_attention_that_could_choose():
 
 
 @pytest.mark.parametrize("dial", [ExactPositions(last=0.2), ExactPositions(first=3, top=0.5)])
-def test_a_padded_batch_with_a_dial(dial):
-    model = pair_of("qwen3_5", "qwen3", min_prompt_tokens=8, exact_positions=dial)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: pair_of("qwen3_5", "qwen3", **options),
+        lambda **options: make_first_layers_pair("qwen3_5", (2,), **options),
+    ],
+)
+def test_a_padded_batch_with_a_dial(make, dial):
+    model = make(min_prompt_tokens=8, exact_positions=dial)
     rows = [tokens(80, 1), tokens(60, 2)]
     cache = batched(model, rows)
     alone = prefill(model, rows[1])

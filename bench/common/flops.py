@@ -67,39 +67,49 @@ def dial_flops(pair: KVPredictionModel, dial: ExactPositions, prompt_tokens: int
     The chosen (`top`) positions are not known beforehand: each costs as much as a candidate does on average.
     """
     call = Call.of(dial, prompt_tokens - 1, None, windowed=False)
-    base, candidates = Cost(fill(pair.base), caches(pair.base)), range(*call.candidates)
-    chosen = call.top * base.between(*call.candidates) // len(candidates) if call.top else 0
-    exact = base.until(call.first) + base.between(call.last, call.tokens) + chosen
-    scores = scores_flops(pair, call.tokens) if call.top else 0
-    return _reading_flops(pair, call) + scores + exact + step_flops(pair.base, call.tokens)
+    base = Cost(fill(pair.base), caches(pair.base))
+    exact = base.until(call.first) + base.between(call.last, call.tokens) + _chosen_flops(base, call)
+    return _reading_flops(pair, call) + exact + step_flops(pair.base, call.tokens)
+
+
+def _chosen_flops(cost: Cost, call: Call) -> int:
+    """What the chosen tokens cost."""
+    start, stop = call.candidates
+    return call.top * cost.between(start, stop) // (stop - start) if call.top else 0
 
 
 def _reading_flops(pair: KVPredictionModel, call: Call) -> int:
-    """What predicts: the auxiliary and the maps, or span by span the base's first layers and the maps."""
-    if pair.first_layers_reader is None:
-        return Cost(predict(pair), reader_caches(pair)).until(call.read)
+    """What predicts and chooses: the auxiliary and the maps, or span by span the base's first layers and the maps."""
+    reader = pair.first_layers_reader
+    if call.top and reader is not None and pair.reads_in_order:
+        cost = Cost(read(pair), reader_caches(pair))
+        predicted = cost.between(call.first, call.last) - _chosen_flops(cost, call)
+        return predicted + scores_flops(pair, call.tokens, reading=not reader.reads_once(call))
+    scores = scores_flops(pair, call.tokens) if call.top else 0
+    if reader is None:
+        return Cost(predict(pair), reader_caches(pair)).until(call.read) + scores
     spans = [span for span in call.spans() if not span.exact]
     ends = [span.stop for span in spans[:-1]] + [max(call.read, call.last)]  # with a top the end is read, too
-    return sum(
+    return scores + sum(
         Cost(read(pair, span.depth), reader_caches(pair)).between(span.start, end)
         for span, end in zip(spans, ends, strict=True)
     )
 
 
-def scores_flops(pair: KVPredictionModel, tokens: int) -> int:
-    """FLOPs of choosing positions by the auxiliary's attention, on top of what reading the prompt costs.
+def scores_flops(pair: KVPredictionModel, tokens: int, *, reading: bool = False) -> int:
+    """FLOPs of choosing positions by the reader's attention, on top of what reading the prompt costs.
 
-    Where exact spans are read in order, first layers read twice: once to be listened to.
+    Args:
+        reading: with what is read to listen alone.
     """
-    twice = pair.reads_in_order and pair.first_layers_reader is not None
 
     def listened(tokens: mx.array, cache: list[Any]) -> Any:
         with pair.importance.listen(pair.heard_layers) as heard:
             made = read(pair)(tokens, cache)
         scores = heard.scores(tokens.shape[1], tokens.shape[1], [0])
-        return [scores] if twice else [made, scores]
+        return [scores] if reading else [made, scores]
 
-    if twice:
+    if reading:
         function, arrays = after(0, (1, tokens), listened, reader_caches(pair))
         return graph_flops(function, *arrays)
 

@@ -46,16 +46,13 @@ def read_prompt(
     some_predicted = not all(span.exact for span in spans)
     entry.read_on(inputs, all_read=read == tokens, provisional=short and some_predicted)
     end = spans.pop() if spans[-1].start >= call.last else None  # exact, and sees the chosen ones
-    parts = []
-    for span in spans:
-        given = inputs[:, span.start : span.stop]
-        parts.append(pair.base(given, cache=base_cache) if span.exact else filling(span, base_cache))
+    parts = [filling(span, base_cache) for span in spans]
     chosen = _chosen(dial, call, filling.heard, lags, lengths, inputs.shape[0])
     if chosen is not None:
         picked = mx.take_along_axis(entry.tail(call.seen), chosen, axis=1)
         pair.rows(picked, chosen, call.seen - (tokens - call.last), base_cache)
     if end is not None:
-        parts.append(pair.base(inputs[:, end.start :], cache=base_cache))
+        parts.append(filling(end, base_cache))
     return mx.concatenate(parts, axis=1) if aside is None else pair.base(inputs, cache=aside)
 
 

@@ -43,11 +43,7 @@ def read_in_order(
         start, stop = call.candidates
         columns: Any = choose(scores[:, start:stop], [call.top], [stop - start], BLOCK_TOKENS)[0].tolist()
         chosen = [start + column for column in columns]
-    parts = []
-    for span in _spans(call, chosen):
-        given = inputs[:, span.start : span.stop]
-        parts.append(pair.base(given, cache=base_cache) if span.exact else filling(span, base_cache))
-    return mx.concatenate(parts, axis=1)
+    return mx.concatenate([filling(span, base_cache) for span in _spans(call, chosen)], axis=1)
 
 
 def _spans(call: Call, chosen: list[int]) -> list[Span]:

@@ -13,8 +13,10 @@ from kvpred_mlx.dial.importance import Importance
 from kvpred_mlx.dial.rows import ExactRows
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.pair.auxiliary_cache import AuxiliaryCache
+from kvpred_mlx.pair.auxiliary_reader import AuxiliaryReader
+from kvpred_mlx.pair.first_layers_reader import FirstLayersReader
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
-from kvpred_mlx.pair.readers import AuxiliaryReader, FirstLayersReader, Reader
+from kvpred_mlx.pair.readers import Reader
 from kvpred_mlx.pair.sources import Features
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
