@@ -32,7 +32,7 @@ setup: openblas $(RUNTIME)  ## virtual environment, MLX backend, this package
 demo: setup  ## generate with the bundled pair, predicted and exact side by side
 	$(BIN)/kvpred-mlx demo
 
-demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [MINUTES=60 FOLDER=demo-pair ARGS="--layout hybrid"]
+demo-pair: setup $(BENCH)  ## make the bundled pair anew: corpus to model card [MINUTES=60 FOLDER=demo-pair ARGS="--layout lfm2"]
 	$(BIN)/python -m kvpred_mlx.bench.recipe.demo_pair --minutes $(or $(MINUTES),60) --folder $(or $(FOLDER),demo-pair) $(ARGS)
 
 real-pairs: setup $(BENCH)  ## pairs of real models: BASE=.. DATA=.. HELD_OUT=.. [FOLDER=real-pairs ARGS="--depths 10,14"]

@@ -11,7 +11,7 @@ import pytest
 from kvpred_mlx import load
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.recipe import corpus, demo_pair, plan, pretrain, steps
-from kvpred_mlx.bench.recipe.plan import nemotron, qwen3_5
+from kvpred_mlx.bench.recipe.plan import lfm2, nemotron, qwen3_5
 from kvpred_mlx.bench.recipe.steps import Recipe
 from kvpred_mlx.bench.studies import compare_sources
 from kvpred_mlx.making.data import PackedSequences
@@ -31,7 +31,8 @@ def small(monkeypatch):
     monkeypatch.setattr(plan, "VOCABULARY", 300)
     configs = {
         "attention": {"base": nemotron(64, 2, 2, 1, 64, 32), "auxiliary": nemotron(32, 1, 1, 1, 32, 32)},
-        "hybrid": {"base": qwen3_5(32, 4, 1, 64, 32, 1), "auxiliary": qwen3_5(32, 4, 1, 32, 32, 1)},
+        "lfm2": {"base": lfm2(64, 6, 2, 64), "auxiliary": lfm2(32, 4, 2, 32)},
+        "qwen3.5": {"base": qwen3_5(32, 4, 1, 64, 32, 1), "auxiliary": qwen3_5(32, 4, 1, 32, 32, 1)},
     }
     monkeypatch.setattr(plan, "CONFIGS", configs)
     for name, value in {
@@ -78,18 +79,19 @@ def test_every_step(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hybrid_pair(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "said", "depth"), [("lfm2", "short convolutions", 3), ("qwen3.5", "gated delta nets", 2)]
+)
+def test_a_hybrid_pair(layout, said, depth, small, tmp_path, monkeypatch):
     iters = ",".join("1" * len(plan.SHARES))
-    argv = ["demo_pair", "--folder", str(tmp_path), "--iters", iters, "--layout", "hybrid"]
+    argv = ["demo_pair", "--folder", str(tmp_path), "--iters", iters, "--layout", layout]
     monkeypatch.setattr(sys, "argv", argv)
     run_recipe()
     pair, _ = load(tmp_path / "pair")
-    assert (
-        pair.base.model_type == "qwen3_5"
-        and "gated delta nets" in (tmp_path / "pair" / "README.md").read_text()
-    )
+    assert pair.base.model_type == layout.replace(".", "_")
+    assert said in (tmp_path / "pair" / "README.md").read_text()
     alone, _ = load(tmp_path / "first-layers")
-    assert alone.predictor.depths == (2,)
+    assert alone.predictor.depths == (depth,)
     monkeypatch.setattr(sys, "argv", [*argv[:-1], "mamba"])
     with pytest.raises(SystemExit) as stop:
         command.run(demo_pair.main)

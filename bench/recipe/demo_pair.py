@@ -26,12 +26,12 @@ def main(
     iters: Annotated[str | None, typer.Option(help=f"Steps instead, of {', '.join(SHARES)}.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
     layout: Annotated[
-        str, typer.Option(help="attention, or hybrid: three delta nets to each attention, as in Qwen3.5.")
+        str, typer.Option(help="attention, lfm2 (short convolutions), or qwen3.5 (delta nets).")
     ] = "attention",
 ) -> None:
     """Make the bundled pair, corpus to model card; run again, it goes on where it stopped."""
     if layout not in CONFIGS:
-        raise typer.BadParameter(f"{layout!r}, expected {' or '.join(CONFIGS)}", param_hint="--layout")
+        raise typer.BadParameter(f"{layout!r}, expected {', '.join(CONFIGS)}", param_hint="--layout")
     recipe = Recipe(folder, minutes, _iters(iters), batch_size, layout)
     alone(recipe.corpus)
     recipe.pretrain("base")

@@ -23,7 +23,10 @@ MADE = (
     "left out, and rows with facts planted to be recalled), SentencePiece tokenizer, base and auxiliary "
     "(Muon), closed-form fit, joint training, quantization."
 )
-HYBRID = "Qwen3.5's layout instead of attention alone: three gated delta nets to each attention, in base and auxiliary."
+HYBRIDS = {  # said on the card of another layout than attention alone
+    "lfm2": "LFM2's layout instead of attention alone: short convolutions, and every third layer attends.",
+    "qwen3.5": "Qwen3.5's layout instead of attention alone: three gated delta nets to each attention.",
+}
 SHARES = {  # of the minutes, for each training
     "base-text": 0.35,
     "base-repeating": 0.05,
@@ -136,10 +139,38 @@ def qwen3_5(width: int, layers: int, heads: int, ffn: int, head_dim: int, states
     return {"model_type": "qwen3_5", "text_config": text, "bos_token_id": 1, "eos_token_id": 2}
 
 
+def lfm2(width: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
+    """A small LFM2: two gated short convolutions, then one attention, and again."""
+    attention = range(2, layers, 3)
+    return {
+        "model_type": "lfm2",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": width,
+        "block_ff_dim": ffn,
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["full_attention" if i in attention else "conv" for i in range(layers)],
+        "norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
 CONFIGS = {
     "attention": {
         "base": nemotron(256, 8, 2, 1, 1024, head_dim=128),
         "auxiliary": nemotron(160, 4, 2, 1, 640),
     },
-    "hybrid": {"base": qwen3_5(128, 8, 2, 320, 32, 4), "auxiliary": qwen3_5(96, 4, 2, 240, 32, 2)},
+    "lfm2": {"base": lfm2(160, 6, 2, 416), "auxiliary": lfm2(96, 4, 2, 256)},
+    "qwen3.5": {"base": qwen3_5(128, 8, 2, 320, 32, 4), "auxiliary": qwen3_5(96, 4, 2, 240, 32, 2)},
 }

@@ -108,7 +108,7 @@ def new_model(config: dict[str, Any], seed: int) -> nn.Module:
             module.weight = mx.zeros_like(module.weight)  # Nemotron's norms add one to their weight
         if isinstance(module, nn.Embedding):
             module.weight = mx.random.normal(module.weight.shape) * 0.02
-        if name.endswith(("o_proj", "out_proj", "down_proj")):
+        if name.endswith(("o_proj", "out_proj", "down_proj", ".w2")):
             module.weight = mx.zeros_like(module.weight)
     mx.eval(model.parameters())
     return model

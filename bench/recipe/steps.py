@@ -162,8 +162,8 @@ class Recipe:
         figures = self.figures(self.folder / "quantized")
         made = [plan.MADE, self._effort()]
         name = plan.NAME
-        if self.layout == "hybrid":
-            made, name = [plan.HYBRID, *made], f"{plan.NAME}-hybrid"
+        if self.layout in plan.HYBRIDS:
+            made, name = [plan.HYBRIDS[self.layout], *made], f"{plan.NAME}-{self.layout}"
 
         def extras(folder: Path) -> None:
             write_card(folder, CardFacts(name, made=made, licence="mit"), figures)
