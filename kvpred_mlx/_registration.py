@@ -20,7 +20,7 @@ from types import ModuleType
 
 FAMILY = "mlx_lm.models.kvpred"
 FOLLOWERS = {
-    "mlx_lm.models.base": ("kvpred_mlx.scans.depthwise",),
+    "mlx_lm.models.base": ("kvpred_mlx.scans.depthwise", "kvpred_mlx.scans.quantized_linear"),
     "mlx_lm.models.cache": ("kvpred_mlx.pair.saved_cache", "kvpred_mlx.pair.auxiliary_cache"),
     "mlx_lm.models.gated_delta": ("kvpred_mlx.scans.delta_net",),
     "mlx_lm.models.jamba": ("kvpred_mlx.scans.jamba",),

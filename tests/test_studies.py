@@ -125,6 +125,8 @@ def test_scans(family):
     assert (row.family, row.prompt_tokens) == (family, 40) and row.difference < 1e-4
     assert row.own > 0 < row.ours and f"{family}, 40 tokens" in scans.text(row)
     assert scans.OPT_OUT not in os.environ
+    (row,) = scans.measure(family, 4, 128, [40], trials=1, q_bits=4)
+    assert row.difference < 1e-4
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Prefill on MLX's CPU backend with the scans of this package and with mlx-lm's own.
 
 `python -m kvpred_mlx.bench.studies.scans --prompt-lens 512,2048` builds models of three families with random weights
-and times a prompt's way into their caches both ways, side by side (`kvpred_mlx.scans`).
+and times a prompt's way into their caches both ways, side by side (`kvpred_mlx.scans`); `--q-bits 4` quantizes them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.progress import ProgressCallback, no_progress
 from kvpred_mlx.scans.when import OPT_OUT, on_cpu
 
-VOCABULARY = 2048
+VOCABULARY, GROUP_SIZE = 2048, 64
 FAMILIES = ("qwen3_5", "granitemoehybrid", "lfm2")
 PromptLens = Annotated[list[str] | None, typer.Option(help="Prompt lengths in tokens, 512,2048.")]
 Layers = Annotated[int, typer.Option(min=4, help="Of each model, a multiple of four.")]
 Width = Annotated[int, typer.Option(min=64, help="Of hidden states, a multiple of 64.")]
+Bits = Annotated[int, typer.Option(min=0, max=8, help="Of the weights; 0: not quantized.")]
 Trials = Annotated[int, typer.Option(min=1, help="Of each way, after one that is not counted.")]
 
 
@@ -62,6 +63,7 @@ def main(
     layers: Layers = 8,
     width: Width = 1024,
     trials: Trials = 5,
+    q_bits: Bits = 0,
 ) -> None:
     """Prefill with this package's scans and with mlx-lm's own."""
     lengths = numbers("--prompt-lens", prompt_lens or ["512,2048"], 2)
@@ -70,7 +72,7 @@ def main(
     begin(layers, width)
     for family in FAMILIES:
         with progress_bar(family) as progress:
-            for row in measure(family, layers, width, lengths, trials, progress):
+            for row in measure(family, layers, width, lengths, trials, progress, q_bits):
                 print(text(row), flush=True)
 
 
@@ -91,7 +93,7 @@ def begin(layers: int, width: int) -> None:
 def text(row: Row) -> str:
     """One line."""
     return (
-        f"{row.family}, {row.prompt_tokens} tokens: mlx-lm's own {row.own:.2f} s, in blocks {row.ours:.2f} s, "
+        f"{row.family}, {row.prompt_tokens} tokens: mlx-lm's own {row.own:.2f} s, here {row.ours:.2f} s, "
         f"{row.sooner} times sooner, {row.difference:.0e} apart"
     )
 
@@ -103,9 +105,12 @@ def measure(
     prompt_lens: list[int],
     trials: int,
     progress: ProgressCallback = no_progress,
+    q_bits: int = 0,
 ) -> Iterator[Row]:
     """A row for each length; both ways in turn, one round not counted."""
     model = build(family, layers, width)
+    if q_bits:
+        nn.quantize(model, GROUP_SIZE, q_bits)
     for n in prompt_lens:
         tokens = mx.random.randint(0, VOCABULARY, (1, n), key=mx.random.key(n))
         own: list[float] = []
