@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 # On two threads BLAS waits longer for itself than the products of tiny models take.  What the tests start has as many
@@ -26,6 +26,7 @@ if not chosen:
 # isort: split
 import mlx.core as mx
 import pytest
+import typer.main
 
 from kvpred_mlx import cli
 
@@ -110,6 +111,14 @@ def small_peak():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "matrix_product_peak", partial(machine.matrix_product_peak, size=256))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_once():
+    """The command line is made of its functions' signatures once for all tests: that takes a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
 
 
