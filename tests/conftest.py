@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -10,25 +11,15 @@ from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
-# On two threads BLAS waits longer for itself than the products of tiny models take.  What the tests start has as many
-# threads as it wants, as users have them.
-THREADS = "OPENBLAS_NUM_THREADS"
-chosen = THREADS in os.environ
-os.environ.setdefault(THREADS, "1")
+# Collecting garbage takes half a second where so much is imported: not before the tests, and then only theirs.
+gc.disable()
 
-import backend  # first of all that imports MLX
-import numpy  # noqa: F401  # has a BLAS of its own
-import quick_transformers  # noqa: F401  # before transformers
-
-if not chosen:
-    del os.environ[THREADS]
-
-# isort: split
-import mlx.core as mx
 import pytest
 import typer.main
 
-from kvpred_mlx import cli
+# On two threads BLAS waits longer for itself than the products of tiny models take.  Of what the tests start servers
+# keep to one, too (processes.py); the rest has as many threads as it wants, as users have them.
+THREADS = "OPENBLAS_NUM_THREADS"
 
 DATA = Path(__file__).with_name("data")
 
@@ -62,6 +53,26 @@ def pytest_collection_modifyitems(items):
                  if isinstance(name, str)}  # fmt: skip
         if named & {*INJECTABLE} - QUICK:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config):
+    """Import what computes, in this order, before the tests; not where other processes run them."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    chosen = THREADS in os.environ
+    os.environ.setdefault(THREADS, "1")
+    import backend  # noqa: F401  # first of all that imports MLX
+    import numpy  # noqa: F401  # has a BLAS of its own
+    import quick_transformers  # noqa: F401  # before transformers
+
+    if not chosen:
+        del os.environ[THREADS]
+
+
+def pytest_collection_finish():
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +109,9 @@ def unquantized_pair():
 @pytest.fixture
 def compiling():
     """`mx.compile` compiles, as it does outside the tests (see backend.py)."""
+    import backend
+    import mlx.core as mx
+
     mx.enable_compile()
     yield
     if backend.ON_CPU:
@@ -125,6 +139,7 @@ def commands_once():
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command line in this process: (exit code, standard output, standard error)."""
+    from kvpred_mlx import cli
 
     def call(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["kvpred-mlx", *map(str, arguments)])

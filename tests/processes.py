@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -30,11 +31,15 @@ def command(*arguments: Any) -> list[str]:
 
 @contextmanager
 def serving(starting: list[str]) -> Iterator[tuple[str, subprocess.Popen, list[str]]]:
-    """(URL, process, log) of a server; `starting` gets a free port of the loopback interface at its end."""
+    """(URL, process, log) of a server; `starting` gets a free port of the loopback interface at its end.
+
+    Its BLAS has one thread: on two it waits longer for itself than the products of small models take.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([*starting, "--port", str(port)], stderr=subprocess.PIPE, text=True)
+    env = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen([*starting, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=env)
     log: list[str] = []
     threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True).start()
     url = f"http://127.0.0.1:{port}"

@@ -116,6 +116,7 @@ def test_dtype(pair, dtype):
     assert model.base.transformer.norm.weight.dtype == model.predictor.key_maps[0].bias.dtype == dtype
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize(("bits", "group", "mode"), [(8, 32, "affine"), (4, 16, "nvfp4"), (8, 32, "mxfp8")])
 def test_quantized(pair, bits, group, mode):
     convert_checkpoint(*pair, quantization=Quantization(group, bits, mode))

@@ -57,26 +57,26 @@ def test_greedy_text_is_that_without_a_draft(demo_pair, monkeypatch, draft, exac
 
 @pytest.mark.variations
 @pytest.mark.parametrize("step", [7, 2048])
-def test_turns_in_one_cache(demo_pair, step):
+@pytest.mark.parametrize("length", [11, 9, 12])
+def test_turns_in_one_cache(demo_pair, length, step):
     """The second turn finds the auxiliary where the first left it, whatever was accepted last."""
     model, tokenizer = demo_pair
-    for length in (9, 11, 12):
-        caches = [model.make_cache(), model.make_cache()]
-        for turn in (PROMPT, "\n\ndef append_line(path, line):\n" * 4, "# and\n"):
-            prompt = tokenizer.encode(turn, add_special_tokens=turn is PROMPT)
-            options = {"max_tokens": length, "prefill_step_size": step}
-            plain = run(model, tokenizer, prompt, **options, prompt_cache=caches[0])
-            drafted = run(model, tokenizer, prompt, **options, prompt_cache=caches[1], draft=3)
-            assert token_ids(drafted) == token_ids(plain)
-            common = min(c[0].offset for c in caches)
-            for cache in caches:
-                for entry in cache:
-                    entry.trim(entry.size() - common)
-            assert difference(*caches) < 1e-3
-            # Both go on from the whole answer.
-            rest = plain[-1].token
-            for cache in caches:
-                model(mx.array([[rest]]), cache=cache)
+    caches = [model.make_cache(), model.make_cache()]
+    for turn in (PROMPT, "\n\ndef append_line(path, line):\n" * 4, "# and\n"):
+        prompt = tokenizer.encode(turn, add_special_tokens=turn is PROMPT)
+        options = {"max_tokens": length, "prefill_step_size": step}
+        plain = run(model, tokenizer, prompt, **options, prompt_cache=caches[0])
+        drafted = run(model, tokenizer, prompt, **options, prompt_cache=caches[1], draft=3)
+        assert token_ids(drafted) == token_ids(plain)
+        common = min(c[0].offset for c in caches)
+        for cache in caches:
+            for entry in cache:
+                entry.trim(entry.size() - common)
+        assert difference(*caches) < 1e-3
+        # Both go on from the whole answer.
+        rest = plain[-1].token
+        for cache in caches:
+            model(mx.array([[rest]]), cache=cache)
 
 
 def test_the_draft_processes_no_prompt(demo_pair, monkeypatch):

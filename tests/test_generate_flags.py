@@ -115,7 +115,7 @@ def without_flags():
     return {}
 
 
-@pytest.mark.variations(3)
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(
     ("options", "changes"),
     [

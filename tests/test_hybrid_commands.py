@@ -70,6 +70,7 @@ def test_quality(root, run, name):
     assert all(own) if name == "own" else not all(own)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_generate(root, run, tmp_path, name):
     asked = ["generate", "--model", root / name, "--prompt", PROMPT, "-m", 6]
@@ -98,6 +99,7 @@ def test_no_draft(root, run):
     fails(run(*asked), 1, "qwen3_5 keeps states that cannot be wound back", "no speculative decoding")
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_train(root, run, tmp_path, name):
     data = [
@@ -122,6 +124,7 @@ def arrays(module):
     return [array for _, array in mlx_lm.utils.tree_flatten(module.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_train_as_used(root, run, tmp_path, name):
     data = ["--data", root / "text.txt", "--max-seq-length", 96, "--iters", 2, "--batch-size", 2]
@@ -131,31 +134,26 @@ def test_train_as_used(root, run, tmp_path, name):
     assert code == 0, err
 
 
-def test_bench(root, run, tmp_path):
-    for name in ("two", "own"):
-        code, out, err = run(
-            "bench",
-            "--model",
-            root / name,
-            "--prompt-lens",
-            64,
-            "--trials",
-            1,
-            "--output-dir",
-            tmp_path / name,
-        )
-        assert code == 0 and "FLOPs allow" in out, err
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "own"])
+def test_bench(root, run, tmp_path, name):
+    code, out, err = run(
+        "bench", "--model", root / name, "--prompt-lens", 64, "--trials", 1, "--output-dir", tmp_path / name
+    )
+    assert code == 0 and "FLOPs allow" in out, err
 
 
+@pytest.mark.slow
 def test_pareto(root, run, tmp_path):
     code, _, err = run(
         "pareto", "--model", root / "two", "--data", root / "text.txt", "--prompt-lens", 64, "--score-tokens", 8,
         "--windows", 2, "--all-documents", "--budgets", "0.5", "--output-dir", tmp_path / "front", "--methods",
-        "exact,predicted,dial-last,dial-top,sparse-top,last-only",
+        "exact,predicted,dial-last,dial-top,sparse-top,last-only", "--no-plot",
     )  # fmt: skip
     assert code == 0, err
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_server(root, name):
     """Answers in batches of different lengths, and turns, are those of `generate`."""

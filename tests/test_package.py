@@ -50,6 +50,12 @@ def build(source, out, *arguments):
     )  # fmt: skip
 
 
+def make(source, what, out):
+    """Call a function of the build backend, as front ends do."""
+    code = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, what, out], cwd=source, check=True, capture_output=True)
+
+
 def modules_of(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return sorted(n for n in archive.namelist() if ".dist-info/" not in n)
@@ -64,9 +70,11 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
-    """An sdist of the tree, and a wheel of that sdist."""
-    out = tmp_path_factory.mktemp("built")
-    build(source, out)
+    """An sdist of the tree, and a wheel of that sdist, made as `build` does, with fewer processes."""
+    out, unpacked = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("unpacked")
+    make(source, "build_sdist", out)
+    shutil.unpack_archive(next(out.glob("*.tar.gz")), unpacked)
+    make(next(unpacked.iterdir()), "build_wheel", out)
     return out
 
 

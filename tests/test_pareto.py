@@ -248,7 +248,10 @@ def test_recall_by_kind_and_depth(demo_pair, data):
 # The command line
 
 
-def test_command(run, tmp_path):
+@pytest.mark.variations
+@pytest.mark.parametrize("first", ["figures", "pictures"])
+def test_command(run, tmp_path, first):
+    """All at once, or first the figures; pictures are drawn after every step of what is measured."""
     text, out = tmp_path / "text.py", tmp_path / "out"
     text.write_text(TEXT)
     options = [
@@ -256,6 +259,9 @@ def test_command(run, tmp_path):
         "--windows", 2, "--score-tokens", 8, "--questions", 1, "--trials", 1, "--dequantize",
         "--all-documents", "--output-dir", out,
     ]  # fmt: skip
+    if first == "figures":
+        assert run("pareto", *options, "--no-plot")[0] == 0
+        assert sorted(f.name for f in out.iterdir()) == ["results.csv", "results.json"]
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
     assert sorted(f.name for f in out.iterdir()) == ["front.png", "pareto.png", "results.csv", "results.json"]

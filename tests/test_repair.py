@@ -253,7 +253,7 @@ def test_interrupted_repair_leaves_the_predicted_cache(monkeypatch):
 def test_responses_and_footer(demo_pair):
     model, tokenizer = demo_pair
     prompt = "def add(a, b):\n    return a + b\n\n" * 6
-    *_, last = generation.stream_generate(model, tokenizer, prompt, 150, repair=True, repair_budget=1)
+    *_, last = generation.stream_generate(model, tokenizer, prompt, 60, repair=True, repair_budget=1)
     assert last.repair.exact_from and last.repair_tps > 0 and last.repaired_tps > 0
     assert f"exact from generated token {last.repair.exact_from + 1} on" in generation.footer(last)
     *_, last = generation.stream_generate(model, tokenizer, prompt, 6, repair=True, repair_budget=1e-9)

@@ -412,6 +412,7 @@ for function in (delta["gated_delta_ops"], space["ssm_attn"], nn.Conv1d.__call__
 MODELS = "from mlx_lm.models import granitemoehybrid, qwen3_next\n"
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(
     "code",
     [CHANGED, "import kvpred_mlx\n" + MODELS + SEEN, MODELS + "import kvpred_mlx\n" + SEEN],

@@ -157,6 +157,7 @@ def test_every_chunk_has_its_endpoint_s_object(served, path, fields, expected):
     assert {chunk["object"] for chunk in chunks} == {expected} and "usage" in chunks[-1]
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"draft_model": "auxiliary"}, {"seed": 1}])
 def test_stop_strings_inside_tokens(served, fields):
     """Text before the first one and nothing after it, wherever it begins and ends."""
