@@ -99,7 +99,7 @@ def test_no_draft(root, run):
     fails(run(*asked), 1, "qwen3_5 keeps states that cannot be wound back", "no speculative decoding")
 
 
-@pytest.mark.variations
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_train(root, run, tmp_path, name):
     data = [

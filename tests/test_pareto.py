@@ -187,12 +187,10 @@ def test_prompts_too_short_for_the_facts(demo_pair, data):
 
 
 def test_files(front, tmp_path):
-    files.write(tmp_path, front, plot=True)
+    files.write(tmp_path, front, plot=False)
     assert files.read(tmp_path / "results.json") == front
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 8 and float(rows[1]["agreement"]) == front["cells"][1]["quality"]["agreement"]["mean"]
-    for picture in ("pareto.png", "front.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert pareto_report.markdown(front).count("\n") == 9
     recalled = [c for c in front["cells"] if c["recall"]["all"]["mean"]]
     by_depth = pareto_report.recall_markdown(front).splitlines()
@@ -200,6 +198,13 @@ def test_files(front, tmp_path):
     (tmp_path / "results.json").write_text('{"schema": 1, "kind": "pareto"}')
     with pytest.raises(ValueError, match="'pareto' of schema 1, expected 'pareto' of schema 2"):
         files.read(tmp_path / "results.json")
+
+
+@pytest.mark.slow
+def test_pictures_of_two_lengths(front, tmp_path):
+    files.write(tmp_path, front, plot=True)
+    for picture in ("pareto.png", "front.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_prompts_too_short_to_be_predicted(demo_pair, data):
@@ -265,6 +270,7 @@ def test_command(run, tmp_path, first):
     code, stdout, err = run("pareto", *options)
     assert code == 0 and "dial-last 0.2" in stdout and f"results: {out}" in err, err
     assert sorted(f.name for f in out.iterdir()) == ["front.png", "pareto.png", "results.csv", "results.json"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in out.glob("*.png"))
     code, stdout, _ = run("pareto", *options, "--json", "--no-plot")
     assert code == 0 and json.loads(stdout)["complete"]
     code, _, err = run("pareto", *options, "--seed", 7)

@@ -163,6 +163,7 @@ def test_a_conversion_that_fails(tmp_path, python_that_fails):
         convert_memory.write_checkpoint(*paths[:2])
 
 
+@pytest.mark.slow
 def test_as_a_module():
     code = "import runpy; runpy.run_module('kvpred_mlx.bench.studies.draft', run_name='__main__', alter_sys=True)"
     command_line = python(code, "--trials", "none")
