@@ -22,6 +22,12 @@ import typer.main
 THREADS = "OPENBLAS_NUM_THREADS"
 
 DATA = Path(__file__).with_name("data")
+CHAT_TEMPLATE = (  # messages one after the other; tools and their calls as text, and a refusal
+    "{% if 'refuse' in (messages[0].content or '') %}{{ raise_exception('no such talk') }}{% endif %}"
+    "{% for t in tools or [] %}# {{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.path }}){% endfor %}{% endfor %}"
+)
 
 # In a shell's background Ctrl-C is ignored, and what tests start would ignore it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -73,6 +79,25 @@ def pytest_collection_finish():
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="session")
+def served():
+    """(URL, process, log) of a server with the bundled pair, for all that does not ask for another."""
+    from processes import command, serving
+
+    with serving(command("serve", "--chat-template", CHAT_TEMPLATE)) as started:
+        yield started
+
+
+@pytest.fixture
+def client(served):
+    """OpenAI's own."""
+    import openai
+
+    url = f"{served[0]}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

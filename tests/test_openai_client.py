@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import openai
 import pytest
-from processes import command, serving
 from test_server import NAME, PROMPT
 
-# Tools and their calls as text, and a refusal.
-TEMPLATE = (
-    "{% if 'refuse' in (messages[0].content or '') %}{{ raise_exception('no such talk') }}{% endif %}"
-    "{% for t in tools or [] %}# {{ t.function.name }}\n{% endfor %}"
-    "{% for m in messages %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.path }}){% endfor %}{% endfor %}"
-)
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object", "properties": {}}}}
 USER = {"role": "user", "content": PROMPT}
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        serving(command("serve", "--chat-template", TEMPLATE)) as (url, _, _),
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client,
-    ):
-        yield client
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def test_recall_by_kind_and_depth(demo_pair, data):
 @pytest.mark.variations
 @pytest.mark.parametrize("first", ["figures", "pictures"])
 def test_command(run, tmp_path, first):
-    """All at once, or first the figures; pictures are drawn after every step of what is measured."""
+    """All at once, or first the figures; pictures are drawn at the end."""
     text, out = tmp_path / "text.py", tmp_path / "out"
     text.write_text(TEXT)
     options = [

@@ -12,7 +12,6 @@ import mlx_lm.server
 import openai
 import pytest
 from conftest import fails
-from processes import command, serving
 
 import kvpred_mlx
 from kvpred_mlx.bench.studies.soak import soak
@@ -25,24 +24,10 @@ from kvpred_mlx.serving.settings import ServerSettings
 
 NAME = DEMO_PAIR.name
 CONTEXT = context_length(read_base_config(DEMO_PAIR))
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PROMPT = (
     '"""Helpers."""\n\nimport os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n'
     "    with open(path) as file:\n        return file.readlines()\n\n\ndef write_lines(path, lines):\n"
 )
-
-
-@pytest.fixture(scope="module")
-def served():
-    """(URL, process, log) of a server with the bundled pair."""
-    with serving(command("serve", "--chat-template", TEMPLATE)) as started:
-        yield started
-
-
-@pytest.fixture
-def client(served):
-    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", timeout=120, max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture

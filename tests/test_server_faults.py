@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx_lm.server
 import pytest
 from processes import command, serving
-from test_server import NAME, PROMPT, TEMPLATE
+from test_server import NAME, PROMPT
 
 from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.serving import generator as generator_module
@@ -26,14 +26,10 @@ from kvpred_mlx.serving.served import ServedPair
 from kvpred_mlx.serving.settings import ServerSettings
 
 
-@pytest.fixture(scope="module")
-def served():
-    """The address of a server with the bundled pair, which has a chat template that can refuse."""
-    template = (
-        "{% if 'refuse' in messages[0].content %}{{ raise_exception('no such talk') }}{% endif %}" + TEMPLATE
-    )
-    with serving(command("serve", "--chat-template", template)) as started:
-        yield started[0]
+@pytest.fixture
+def url(served):
+    """The server's address."""
+    return served[0]
 
 
 @pytest.fixture(scope="module")
@@ -88,48 +84,48 @@ def refused(answer, *parts):
         ({"tool_choice": "required"}, ["tool_choice", "not supported"]),
     ],
 )
-def test_odd_values_are_refused_and_the_next_request_is_answered(served, fields, parts):
-    refused(complete(served, temperature=0.7, **fields), *parts)
-    assert complete(served, temperature=0.7)[0] == 200
+def test_odd_values_are_refused_and_the_next_request_is_answered(url, fields, parts):
+    refused(complete(url, temperature=0.7, **fields), *parts)
+    assert complete(url, temperature=0.7)[0] == 200
 
 
 @pytest.mark.parametrize("top_k", [4095, 4096, 100_000])
-def test_more_than_all_tokens_are_all(served, top_k):
-    assert complete(served, temperature=0.7, top_k=top_k)[0] == 200
-    assert complete(served, temperature=0.7)[0] == 200
+def test_more_than_all_tokens_are_all(url, top_k):
+    assert complete(url, temperature=0.7, top_k=top_k)[0] == 200
+    assert complete(url, temperature=0.7)[0] == 200
 
 
-def test_a_bad_request_ends_no_other_stream(served):
+def test_a_bad_request_ends_no_other_stream(url):
     found = []
     fields = {"stream": True, "max_tokens": 60}
-    thread = threading.Thread(target=lambda: found.append(complete(served, **fields)))
+    thread = threading.Thread(target=lambda: found.append(complete(url, **fields)))
     thread.start()
     for bad in ({"stop": "\ud83d"}, {"frequency_context_size": 10**20}, {"xtc_threshold": 2.0}):
-        refused(complete(served, **bad))
+        refused(complete(url, **bad))
     thread.join()
     status, text = found[0]
     assert status == 200 and text.rstrip().endswith("data: [DONE]") and "error" not in text
 
 
-def test_null_stands_for_the_default(served):
+def test_null_stands_for_the_default(url):
     names = (
         "temperature top_p top_k min_p stop seed logprobs stream stream_options logit_bias presence_penalty n "
         "frequency_penalty max_completion_tokens xtc_probability top_logprobs echo response_format kvpred model"
     )
-    found = complete(served, **dict.fromkeys(names.split()))
-    assert found[0] == 200 and found[1]["choices"][0]["text"] == complete(served)[1]["choices"][0]["text"]
+    found = complete(url, **dict.fromkeys(names.split()))
+    assert found[0] == 200 and found[1]["choices"][0]["text"] == complete(url)[1]["choices"][0]["text"]
 
 
-def test_a_template_that_refuses(served):
-    refused(chat(served, {"role": "user", "content": "refuse this"}), "no such talk")
+def test_a_template_that_refuses(url):
+    refused(chat(url, {"role": "user", "content": "refuse this"}), "no such talk")
 
 
 @pytest.mark.parametrize(
     "calls", [["f"], "f", [{}], [{"function": {}}], [{"function": {"name": "f", "arguments": "{"}}]]
 )
-def test_tool_calls_that_are_none(served, calls):
+def test_tool_calls_that_are_none(url, calls):
     history = {"role": "assistant", "content": None, "tool_calls": calls}
-    refused(chat(served, {"role": "user", "content": "x"}, history), "messages[1].tool_calls")
+    refused(chat(url, {"role": "user", "content": "x"}, history), "messages[1].tool_calls")
 
 
 def test_without_a_template_content_is_text(plain):
@@ -150,21 +146,21 @@ def test_without_a_template_content_is_text(plain):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "chat.completion.chunk"),
     ],
 )
-def test_every_chunk_has_its_endpoint_s_object(served, path, fields, expected):
+def test_every_chunk_has_its_endpoint_s_object(url, path, fields, expected):
     options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
-    _, text = send(served, path, {**fields, **options})
+    _, text = send(url, path, {**fields, **options})
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert {chunk["object"] for chunk in chunks} == {expected} and "usage" in chunks[-1]
 
 
 @pytest.mark.variations(2)
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"draft_model": "auxiliary"}, {"seed": 1}])
-def test_stop_strings_inside_tokens(served, fields):
+def test_stop_strings_inside_tokens(url, fields):
     """Text before the first one and nothing after it, wherever it begins and ends."""
-    whole = complete(served, max_tokens=24)[1]["choices"][0]["text"]
+    whole = complete(url, max_tokens=24)[1]["choices"][0]["text"]
     for begin, end in ((3, 5), (7, 15), (10, 11)):
         stop = whole[begin:end]
-        status, answer = complete(served, max_tokens=24, stop=["never to be found", stop], **fields)
+        status, answer = complete(url, max_tokens=24, stop=["never to be found", stop], **fields)
         assert status == 200
         if fields.get("stream"):
             chunks = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
@@ -175,8 +171,8 @@ def test_stop_strings_inside_tokens(served, fields):
         assert (text, reason) == (whole[: whole.find(stop)], "stop")
 
 
-def test_logprobs_in_openai_s_shapes(served):
-    _, found = complete(served, logprobs=True, top_logprobs=3, max_tokens=4)
+def test_logprobs_in_openai_s_shapes(url):
+    _, found = complete(url, logprobs=True, top_logprobs=3, max_tokens=4)
     choice = found["choices"][0]
     assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
     for word, value, tops in zip(
@@ -185,7 +181,7 @@ def test_logprobs_in_openai_s_shapes(served):
         assert list(tops.values()) == sorted(tops.values(), reverse=True) and tops[word] == value == max(
             tops.values()
         )
-    _, found = chat(served, {"role": "user", "content": PROMPT}, logprobs=True, top_logprobs=2)
+    _, found = chat(url, {"role": "user", "content": PROMPT}, logprobs=True, top_logprobs=2)
     for entry in found["choices"][0]["logprobs"]["content"]:
         tops = [t["logprob"] for t in entry["top_logprobs"]]
         assert (
@@ -193,8 +189,8 @@ def test_logprobs_in_openai_s_shapes(served):
             and len(tops) == 2
             and bytes(entry["bytes"]).decode() == entry["token"]
         )
-    refused(complete(served, logprobs=True, stream=True), "logprobs are not supported in a stream")
-    refused(complete(served, top_logprobs=2), "top_logprobs without logprobs")
+    refused(complete(url, logprobs=True, stream=True), "logprobs are not supported in a stream")
+    refused(complete(url, top_logprobs=2), "top_logprobs without logprobs")
 
 
 def test_a_client_that_goes_away_ends_its_request(demo_pair):
@@ -266,27 +262,27 @@ def test_random_numbers_are_whole_after_a_failure_in_a_sampler():
     mx.eval(mx.random.normal((3,)))
 
 
-def test_bodies_in_chunks(served):
+def test_bodies_in_chunks(url):
     body = json.dumps({"prompt": PROMPT, "max_tokens": 3}).encode()
     pieces = (body[i : i + 7] for i in range(0, len(body), 7))
-    connection = connect(served)
+    connection = connect(url)
     connection.request(
         "POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True
     )
     answer = connection.getresponse()
     assert answer.status == 200
-    assert json.loads(answer.read())["choices"][0]["text"] == complete(served)[1]["choices"][0]["text"]
-    refused(send(served, "/v1/completions", b"zz\r\n", **{"Transfer-Encoding": "chunked"}), "a chunk's size")
+    assert json.loads(answer.read())["choices"][0]["text"] == complete(url)[1]["choices"][0]["text"]
+    refused(send(url, "/v1/completions", b"zz\r\n", **{"Transfer-Encoding": "chunked"}), "a chunk's size")
 
 
-def test_head(served):
+def test_head(url):
     for path, status in (("/v1/models", 200), ("/health", 200), ("/nothing", 404)):
-        connection = connect(served)
+        connection = connect(url)
         connection.request("HEAD", path)
         answer = connection.getresponse()
         assert answer.status == status and answer.read() == b""
         connection.close()
-    assert NAME in json.dumps(send_get(served, "/v1/models"))
+    assert NAME in json.dumps(send_get(url, "/v1/models"))
 
 
 def send_get(url, path):

@@ -88,13 +88,14 @@ def pareto(
 
         def finished(so_far: Results) -> None:
             results.update(so_far)
-            write(output_dir, results, plot=not no_plot)
+            write(output_dir, results, plot=False)
 
         try:
             with progress_bar("counting FLOPs") as progress:
                 run(opened.pair, opened.short_name, settings, held_out, before, progress, finished)
         finally:
             if results:
+                write(output_dir, results, plot=not no_plot)
                 _show(results, output_dir, as_json)
 
 
