@@ -16,8 +16,10 @@ from kvpred_mlx.making.attention_weights import AttentionWeights
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.fit import fit, fit_first_layers
 from kvpred_mlx.making.moments import Moments, Ridge
+from kvpred_mlx.making.quality import measure
 from kvpred_mlx.making.regression import Sums, TwoModels, moments_of
 from kvpred_mlx.making.settings import FitSettings
+from kvpred_mlx.making.windows import cut_windows
 from kvpred_mlx.pair import sources
 from kvpred_mlx.taps.kv_taps import KVTaps
 
@@ -210,6 +212,26 @@ def test_fitted_pairs_are_saved_loaded_and_generate(base, auxiliary, source, tmp
     assert mx.allclose(*logits, atol=1e-4)
     explained = fitted.explained_variance
     assert len(explained["keys"]) == len(KVTaps(first)) and max(explained["keys"]) <= 1
+
+
+@pytest.mark.parametrize("base", ["lfm2", "deepseek_v2"])
+def test_layers_that_keep_only_keys_or_only_values(base):
+    """A convolution's window is values alone, latent attention keys alone."""
+    first, second = build(base), build("qwen2")
+    settings = FitSettings(source="hidden", layer_map="auto", batch_size=4)
+    fitted = fit(first, second, data(), settings)
+    widths = np.array(KVTaps(first).widths)
+    assert not widths.all()
+    for part, name in enumerate(("keys", "values")):
+        explained = np.array(fitted.explained_variance[name])
+        assert np.all((explained[widths[:, part] > 0] != 0) & (explained[widths[:, part] > 0] < 1))
+    for pair in (
+        KVPredictionModel(first, second, fitted.predictor, min_prompt_tokens=2),
+        KVPredictionModel(first, None, fit_first_layers(first, [1], data(), settings).predictor, 2),
+    ):
+        documents = data(4, 40).rows.tolist()
+        quality = measure(pair, cut_windows(documents, 20, 5))
+        assert all(np.isfinite(list(layers.values())).all() for layers in quality.explained().values())
 
 
 def test_settings_and_data_refused():

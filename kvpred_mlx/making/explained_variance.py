@@ -55,9 +55,7 @@ class _Deviation:
         self._errors, self._sum, self._squares = np.zeros(width), np.zeros(width), np.zeros(width)
 
     def add(self, predicted: mx.array, true: mx.array) -> None:
-        p, t = (
-            np.array(a.astype(mx.float32)).reshape(-1, a.shape[-1]).astype(float) for a in (predicted, true)
-        )
+        p, t = (np.array(a.astype(mx.float32).flatten(0, -2)).astype(float) for a in (predicted, true))
         self._errors += ((p - t) ** 2).sum(0)
         self._sum += t.sum(0)
         self._squares += (t * t).sum(0)

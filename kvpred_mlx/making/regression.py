@@ -239,7 +239,7 @@ def moments_of(x: mx.array, y: mx.array, weights: mx.array | None) -> Moments:
 
 def _rows(array: mx.array) -> mx.array:
     """`[B, L, width]` as `[B * L, width]`."""
-    return array.astype(mx.float32).reshape(-1, array.shape[-1])
+    return array.astype(mx.float32).flatten(0, -2)  # reshape takes no -1 where there are no columns
 
 
 def _double(array: mx.array) -> np.ndarray:
