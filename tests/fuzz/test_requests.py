@@ -7,11 +7,12 @@ import threading
 
 import psutil
 import pytest
+from conftest import CHAT_TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
 from odd import TEXTS, VALUES, few
 from processes import command, serving
-from test_server import NAME, PROMPT, TEMPLATE
+from test_server import NAME, PROMPT
 from test_server_faults import connect, send
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ MEMORY = 300e6  # bytes that the server may grow by
 @pytest.fixture(scope="module")
 def served():
     """The server's address, and a client beside whoever else asks: (what it got, what went wrong)."""
-    with serving(command("serve", "--chat-template", TEMPLATE)) as (url, process, _):
+    with serving(command("serve", "--chat-template", CHAT_TEMPLATE)) as (url, process, _):
         got, wrong, stop = [], [], threading.Event()
 
         def steady():
