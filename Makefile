@@ -19,6 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUNTIME := $(VENV)/.runtime-$(or $(BACKEND),metal)
 BENCH := $(VENV)/.bench-$(or $(BACKEND),metal)
 DEV := $(VENV)/.dev-$(or $(BACKEND),metal)
+EVAL := $(VENV)/.eval-$(or $(BACKEND),metal)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -50,7 +51,7 @@ test-all:  ## lint, types and all tests, at the same time
 test-fast: $(DEV)  ## the tests that are not marked slow, without lint
 	$(PYTEST) -m "not slow" tests
 
-test-every: $(DEV)  ## all tests, without lint
+test-every: $(EVAL)  ## all tests, without lint
 	$(PYTEST) tests
 
 fuzz: $(DEV)  ## odd requests, files and prompts, far more than `make test` tries [EXAMPLES=1500]
@@ -65,7 +66,7 @@ lint: $(DEV)  ## rules, format, types, direction of imports, workflow files
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/problem.yml
 	$(ACTIONLINT)
 
-newest: $(DEV)  ## what moved in the newest mlx-lm and mlx, and the tests on them; with VENV=.venv-newest
+newest: $(EVAL)  ## what moved in the newest mlx-lm and mlx, and the tests on them; with VENV=.venv-newest
 	$(PIP) install --upgrade mlx-lm 'mlx$(if $(BACKEND),[$(BACKEND)])'
 	$(BIN)/python -m pip list | grep -i '^mlx'
 	-$(BIN)/python -c 'from kvpred_mlx.mlx_lm_internals import moved; print(*moved() or ["nothing has moved"], sep="\n")'
@@ -107,7 +108,7 @@ $(BIN)/python:
 # The backends' wheels overwrite each other's files: a change of backend starts from none.
 define LEAVE_ANOTHER_BACKEND
 	@if ls $(VENV)/.runtime-* >/dev/null 2>&1 && [ ! -e $(RUNTIME) ]; then \
-	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.bench-* $(VENV)/.dev-*; fi
+	  $(PIP) uninstall --yes mlx mlx-metal mlx-cpu mlx-cuda-12 mlx-cuda-13; rm -f $(VENV)/.runtime-* $(VENV)/.bench-* $(VENV)/.dev-* $(VENV)/.eval-*; fi
 endef
 
 $(RUNTIME): pyproject.toml | $(BIN)/python
@@ -123,8 +124,13 @@ $(BENCH): $(RUNTIME)
 # compiled when it is imported, a sixth of it all: to compile all takes as long as to install it.
 $(DEV): pyproject.toml | openblas $(BIN)/python
 	$(LEAVE_ANOTHER_BACKEND)
-	$(PIP) install --no-compile '$(TORCH)' --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,eval,dev]'
+	$(PIP) install --no-compile '$(TORCH)' --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))convert,bench,dev]'
 	@touch $(RUNTIME) $(BENCH) $@
+
+# Only slow tests need lm-eval and datasets.
+$(EVAL): $(DEV)
+	$(PIP) install --no-compile --editable '.[$(if $(BACKEND),$(BACKEND)$(comma))eval]'
+	@touch $@
 
 # The processes that the tests start would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE

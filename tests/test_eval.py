@@ -28,6 +28,7 @@ from kvpred_mlx.bench.evaluate.sandbox import Limits
 from kvpred_mlx.bench.evaluate.scores import interval, mean_flops, summarize
 from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, TRIVIAQA
+from kvpred_mlx.cli import values
 from kvpred_mlx.making.pairing import join_first_layers, load_part
 from kvpred_mlx.pair.loading import save
 from kvpred_mlx.pair.modes import Mode
@@ -70,6 +71,7 @@ def test_exact_match(answer, right):
     assert tasks.matches(answer, ROWS["triviaqa"][1]["answer"]["aliases"]) is right
 
 
+@pytest.mark.slow
 def test_exact_match_is_lm_eval_s():
     metrics = pytest.importorskip("lm_eval.api.metrics")
     for answer in ("Bram Stoker", "bram stoker", "Bram-Stoker", "Bram", "A.B.", "", "Mars (planet)"):
@@ -390,6 +392,7 @@ def test_batches_answer_as_one_by_one(demo_pair, tmp_path, passing, mode, least)
     assert json.dumps(results, allow_nan=False) and report.table(results)
 
 
+@pytest.mark.slow
 @pytest.mark.variations
 @pytest.mark.parametrize("mode", ["depth=1:0.5/2:0.8", "depth=1:0.7"])
 def test_batches_are_read_as_deep_as_one_by_one(demo_pair, tmp_path, passing, mode):
@@ -579,6 +582,7 @@ def test_lower_may_be_better(demo_pair):
     assert shown[2][:2] == ("0.8 (-0.18 to 1.78)", "2.5 %")
 
 
+@pytest.mark.slow
 def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):
     """Predicted: the context's cache is predicted but for its last token; the continuation is the base's."""
     model = pytest.importorskip("kvpred_mlx.bench.evaluate.lm_eval_model")
@@ -607,6 +611,7 @@ def test_scoring_is_the_base_after_the_prompt(demo_pair, monkeypatch):
         assert score(pair) == pytest.approx(score(pair.base), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_answer_s_length_cuts_no_context(demo_pair, monkeypatch):
     """Of tasks that are scored; one that is longer than the model's context is counted."""
     model = pytest.importorskip("kvpred_mlx.bench.evaluate.lm_eval_model")
@@ -640,6 +645,13 @@ def test_an_answer_s_length_cuts_no_context(demo_pair, monkeypatch):
 )
 def test_wrong_usage(run, given, parts):
     fails(run("eval", *given), 2, *parts)
+
+
+@pytest.mark.parametrize(("task", "needed"), [("gsm8k", "lm-eval"), ("triviaqa", "datasets")])
+def test_packages_that_are_not_there_are_needed_for_some_tasks_alone(run, monkeypatch, task, needed):
+    there = lambda name: None if name in ("lm_eval", "datasets") else object()
+    monkeypatch.setattr(values, "find_spec", there)
+    fails(run("eval", "--tasks", task), 1, f"eval needs {needed}: pip install 'kvpred-mlx[eval]'")
 
 
 @pytest.mark.slow

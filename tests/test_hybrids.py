@@ -179,6 +179,7 @@ def test_the_tokens_that_are_listened_to_decide():
     assert difference(dialled, exact) > 0 and difference(prefill(plain, prompt), dialled) > 0
 
 
+@pytest.mark.variations(3)
 @pytest.mark.parametrize("dial", [ExactPositions(top=0.3), ExactPositions(first=5, last=0.2, top=0.2)])
 @pytest.mark.parametrize(("base", "cuts"), [("qwen3_5", ()), ("qwen3_5", (70,)), ("lfm2", (70,))])
 def test_first_layers_that_are_listened_to_need_not_read_again(base, cuts, dial, monkeypatch):
@@ -234,6 +235,7 @@ def test_a_padded_batch_with_a_dial(make, dial):
     assert mx.abs(logits - exact).max() < 2 * mx.abs(single - exact).max() + TOLERANCE
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize("source", ["auxiliary", "first layers"])
 @pytest.mark.parametrize("base", EASY)
 def test_repair(base, source):

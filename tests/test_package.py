@@ -111,6 +111,7 @@ def run_installed(code, site):
     ).stdout  # fmt: skip
 
 
+@pytest.mark.slow
 def test_wheel_of_the_sdist_holds_exactly_the_tree(wheel):
     assert modules_of(wheel) == sorted(packaged(ROOT).values())
 

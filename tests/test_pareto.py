@@ -155,6 +155,7 @@ def test_scoring_goes_on_after_the_windows_that_were_done(demo_pair):
     assert [c["quality"] for c in found["cells"]] == [c["quality"] for c in whole["cells"]]
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_go_on(demo_pair, data, front):
     other = FrontSettings([96, 128], ["predicted"], [0.1], windows=5)
     with pytest.raises(

@@ -111,6 +111,7 @@ def test_pieces():
     assert told[-1] == (pieces.TRIALS, pieces.TRIALS + 1, "base, 39 tokens")
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("family", scans.FAMILIES)
 def test_hybrids(family):
     (row,) = hybrids.measure(family, 4, 128, [40], trials=1)
@@ -119,6 +120,7 @@ def test_hybrids(family):
     assert row.injected.median > 0 < row.sooner.median
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("family", scans.FAMILIES)
 def test_scans(family):
     (row,) = scans.measure(family, 4, 128, [40], trials=1)

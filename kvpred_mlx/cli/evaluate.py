@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpred_mlx.cli import options as o
+from kvpred_mlx.cli.bench import NEEDED
 from kvpred_mlx.cli.opening import OtherModels, one_pair, open_pair
 from kvpred_mlx.cli.values import check_installed, names
 from kvpred_mlx.console import progress_bar
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kvpred_mlx.bench.evaluate.run import Evaluation
 
 DEFAULT_MODES = "exact,predicted,auxiliary"
-NEEDED = ("scipy", "psutil", "lm-eval", "datasets")
 
 
 def evaluate(
@@ -82,6 +82,7 @@ def evaluate(
     check_installed("eval", NEEDED)
     from kvpred_mlx.bench.evaluate.run import Evaluation
     from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
+    from kvpred_mlx.bench.evaluate.tasks import TASKS
     from kvpred_mlx.files import kept_if_filled
 
     model = one_pair(model, pair)
@@ -96,6 +97,8 @@ def evaluate(
         raise typer.BadParameter(f"{num_samples}, expected 0, or 10 or more", param_hint="--num-samples")
     files = _files(data or [], task_names)
     _check_modes(mode_names)
+    if not {*task_names} & TASKS.keys() <= files.keys():
+        check_installed("eval", ("datasets",))
     _check_tasks(task_names, include_path)
     settings = EvaluationSettings(
         tasks=task_names, modes=mode_names, data=files, limit=limit, num_samples=num_samples, temp=temp,
@@ -170,6 +173,7 @@ def _check_tasks(names: list[str], include_path: Path | None) -> None:
     others = [name for name in names if name not in TASKS]
     if not others:
         return
+    check_installed("eval", ("lm-eval",))
     from kvpred_mlx.bench.evaluate.lm_eval_model import known_tasks
 
     unknown = set(others) - set(known_tasks(others, include_path))
