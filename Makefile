@@ -104,6 +104,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-compile --upgrade pip  # Python's own may be years old, and take half as long again
 
 # The backends' wheels overwrite each other's files: a change of backend starts from none.
 define LEAVE_ANOTHER_BACKEND

@@ -179,6 +179,8 @@ def _attributes_read(node: ast.AST, classes: list[str]) -> Iterator[tuple[str, s
 
 def _inherited(node: ast.ClassDef, base: str) -> Iterator[tuple[str, set[str]]]:
     """What a subclass of `base` overrides, calls and sets."""
+    if value(base) is None:  # of mlx_lm.evaluate, without lm-eval
+        return
     theirs = attributes(value(base))
     for m in node.body:
         if isinstance(m, ast.FunctionDef) and m.name in theirs and m.name != "__init__":

@@ -75,6 +75,7 @@ def test_seed_makes_sampling_repeatable(run):
     assert texts[1] != texts[2]
 
 
+@pytest.mark.variations(2)
 @pytest.mark.parametrize(
     "options", [["--prefill-step-size", "40"], ["--max-kv-size", "64"], ["--kv-bits", "8"], ["--top-k", "5"]]
 )

@@ -69,6 +69,7 @@ def test_dimensions_come_from_the_tensors(pair):
     assert model.predictor.layer_map == (2, 0, 1, 1)
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("wrap", ["model_state_dict", "ema", "module"])
 def test_nested_and_prefixed_state_dicts(pair, wrap, tmp_path):
     state = checkpoints.torch.load(pair[0])

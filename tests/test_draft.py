@@ -151,6 +151,7 @@ def test_sampling_is_repeatable(demo_pair):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kv_bits": 8, "quantized_kv_start": 0, "prefill_step_size": 40}])
 def test_cache_options(demo_pair, options):
     plain, drafted = (run(*demo_pair, PROMPT, draft=n, **options) for n in (0, 3))

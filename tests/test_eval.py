@@ -417,6 +417,7 @@ def test_batches_draw_as_one_by_one(demo_pair, tmp_path, passing):
     assert found == alone and all(len(set(answers)) > 3 for answers in found.values())
 
 
+@pytest.mark.slow
 def test_batches_end_at_stops_and_at_the_end(demo_pair, monkeypatch):
     """A row ends at its stop, at an end of text, or full; the others go on."""
     pair, tokenizer = demo_pair

@@ -303,6 +303,7 @@ def test_copies_of_a_cache_are_independent():
     assert cache[-1].size() == 40 and copied[-1].size() == 80
 
 
+@pytest.mark.slow
 def test_flops():
     """The first layers and the maps are charged, and nothing above the depth but keys' and values' own products."""
     from kvpred_mlx.bench.common.flops import full_prefill_flops, step_flops, ttft_flops

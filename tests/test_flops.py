@@ -127,6 +127,7 @@ def test_short_prompts_are_not_predicted():
     assert flops.predicted == flops.exact
 
 
+@pytest.mark.slow
 def test_published_pair_from_shapes_alone():
     """By hand: OpenELM's linear layers and heads, from the config; nothing of this size is made."""
     preset = presets()["openelm-1_1b:openelm-270m"]

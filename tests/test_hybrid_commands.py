@@ -60,6 +60,7 @@ def test_info(root, run):
     assert [place["window"] for place in facts["places"]] == [3, 3, 3, None] * 2
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_quality(root, run, name):
     data = ["--data", root / "text.txt", "--prompt-tokens", 40, "--score-tokens", 8, "--windows", 2]

@@ -57,6 +57,7 @@ def reference(model: KVPredictionModel, parts):
     return [*cache, None]
 
 
+@pytest.mark.variations(4)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize("cuts", [(), (17,), (16, 33)])
 def test_chunks_and_turns(base, auxiliary, cuts):
@@ -83,6 +84,7 @@ def test_first_layers_in_chunks(base):
     assert all(mx.allclose(mine[key], own[key], atol=TOLERANCE) for key in own)
 
 
+@pytest.mark.variations(4)
 @pytest.mark.parametrize(("base", "auxiliary"), PAIRS)
 @pytest.mark.parametrize("lengths", [(50, 50), (50, 33), (64, 9)])
 def test_rows_of_a_padded_batch_are_those_of_single_prompts(base, auxiliary, lengths):

@@ -310,6 +310,7 @@ def test_a_base_of_another_type(copy):
     assert pair(PROMPT).dtype == mx.bfloat16
 
 
+@pytest.mark.slow
 def test_several_are_served_by_name(root):
     names = [str(root / name) for name in ("first", "two")]
     prompt = "def f(x):\n    return x + 1\n\n" * 6

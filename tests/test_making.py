@@ -258,6 +258,7 @@ def test_no_permission_and_a_full_disk(models, tmp_path, run, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "pair.fitting"]  # the sums: the next try begins with them
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number(models, tmp_path, run):
     out = tmp_path / "pair"
     options = ["--iters", 8, "--batch-size", 2, "--fit-tokens", 2000, "--warmup", 0, "--learning-rate", 1e30]

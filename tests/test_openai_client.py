@@ -41,6 +41,7 @@ def test_streams_and_their_usage(complete, chat):
     )
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("streamed", [False, True])
 def test_stop_strings(complete, chat, streamed):
     text = complete().choices[0].text
@@ -75,6 +76,7 @@ def test_logprobs(complete, chat):
         chat(logprobs=True, stream=True)
 
 
+@pytest.mark.slow
 def test_tool_calls_in_a_conversation(chat):
     call = {"id": "1", "type": "function", "function": {"name": "read", "arguments": '{"path": "a.txt"}'}}
     history = [
@@ -93,6 +95,7 @@ def test_tool_calls_in_a_conversation(chat):
     assert wrong.value.param == "messages" and wrong.value.type == "invalid_request_error"
 
 
+@pytest.mark.variations(5)
 @pytest.mark.parametrize(
     ("fields", "param", "parts"),
     [
@@ -144,6 +147,7 @@ def test_a_template_that_refuses_and_a_model_that_is_not_there(chat):
         chat(model="gpt-4")
 
 
+@pytest.mark.slow
 def test_null_is_the_default(chat, complete):
     nothing = dict.fromkeys(("temperature", "top_p", "stop", "seed", "logprobs", "n", "logit_bias", "stream"))
     assert complete(**nothing).choices[0].text == complete().choices[0].text

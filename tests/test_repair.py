@@ -90,6 +90,7 @@ def test_the_final_cache_and_all_later_tokens_are_the_exact_bases(base, auxiliar
     assert found[:3] == unrepaired[:3] and difference(other, [*plain, None]) > 0.01
 
 
+@pytest.mark.variations
 @pytest.mark.parametrize("more", [2, 3])
 def test_a_chunk_of_one_token_is_no_generated_one(demo_pair, monkeypatch, more):
     """A short prompt after a predicted one: all but its last token come in one call, be they one or several."""
@@ -312,6 +313,7 @@ def test_the_benchs_table():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_benchs_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n\n" * 40)
