@@ -105,6 +105,7 @@ def test_fused_it_gives_the_same_logits(root, name, tmp_path, run):
     assert its_tokenizer.encode("def f(x):") == tokenizer.encode("def f(x):")
 
 
+@pytest.mark.slow
 def test_every_command_takes_it(root, run, tmp_path):
     data = ["--data", root / "text.txt", "--all-documents"]
     for line in (

@@ -127,6 +127,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(demo_pair, data, front, mon
         assert all(a[name] == b[name] for name in ("quality", "recall", "gain", "flops"))
 
 
+@pytest.mark.slow
 def test_scoring_goes_on_after_the_windows_that_were_done(demo_pair):
     """Ctrl-C in the middle of a length's text: what is scored is kept, and the figures are those of a whole run."""
     documents = [TEXT] * 3  # four windows of each, eight at a time
