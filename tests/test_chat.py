@@ -76,6 +76,7 @@ def test_a_chat_template_and_a_system_prompt(demo_pair):
     assert text_of(conversation.say(LINES[0], 8)) == answer
 
 
+@pytest.mark.slow
 def test_the_draft_changes_no_text(demo_pair):
     model, tokenizer = demo_pair
     texts = []

@@ -373,7 +373,7 @@ def passing(monkeypatch):
     monkeypatch.setattr(tasks, "check", lambda row, answer: sandbox.Outcome(True, "passed"))
 
 
-@pytest.mark.variations
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "least"),
     [

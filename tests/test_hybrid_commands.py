@@ -71,7 +71,7 @@ def test_quality(root, run, name):
     assert all(own) if name == "own" else not all(own)
 
 
-@pytest.mark.variations
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "own"])
 def test_generate(root, run, tmp_path, name):
     asked = ["generate", "--model", root / name, "--prompt", PROMPT, "-m", 6]

@@ -73,7 +73,7 @@ def same(found, expected, mask=None, tolerance=TOLERANCE):
         assert mx.abs(a - b).max().item() <= tolerance * max(1.0, mx.abs(b).max().item())
 
 
-@pytest.mark.variations(48)
+@pytest.mark.variations(20)
 @pytest.mark.parametrize("given", [False, True], ids=["", "state"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize(("channels", "repeats"), [(False, 1), (False, 2), (True, 1), (True, 2)])
@@ -152,7 +152,7 @@ def test_delta_net_in_two_calls():
     same((mx.concatenate([first, second], axis=1), end), (y, state))
 
 
-@pytest.mark.variations(40)
+@pytest.mark.variations(16)
 @pytest.mark.parametrize("given", [False, True], ids=["", "state"])
 @pytest.mark.parametrize("padding", ["", "left", "right"])
 @pytest.mark.parametrize("groups", [1, 2])
