@@ -98,9 +98,8 @@ class AuxiliaryReader:
 
     def begin_in_order(
         self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
-    ) -> tuple[Filling, Heard]:
-        filling = self.begin(tokens, call, call.read, entry)
-        return filling, filling.heard
+    ) -> Filling:
+        return self.begin(tokens, call, call.read, entry)
 
 
 class _Injecting:

@@ -156,20 +156,21 @@ class FirstLayersReader:
 
     def begin_in_order(
         self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
-    ) -> tuple[Filling, Heard]:
-        filling: Filling = self.begin(tokens, replace(call, top=0), call.read, entry)
+    ) -> Filling:
         if not call.top:
-            return filling, Heard()
-        if not self.reads_once(call):
-            with self.importance.listen(self.heard_layers(self.depth)) as heard:
-                self.fill(tokens, copy.deepcopy(cache))
-            return filling, heard
-        hidden: list[mx.array] = []
-        ahead = [*cache[: self.depth], *copy.deepcopy(cache[self.depth :])]
+            return self.begin(tokens, call, call.read, entry)
         listening = self.importance.listen(self.heard_layers(self.depth))
-        with listening as heard, self.watched(self.depth, ahead, hidden):
-            self.fill(tokens, ahead)
-        return _BehindFirstLayers(self, self._base, tokens, hidden[0]), heard
+        if self.reads_once(call):
+            hidden: list[mx.array] = []
+            ahead = [*cache[: self.depth], *copy.deepcopy(cache[self.depth :])]
+            with listening as heard, self.watched(self.depth, ahead, hidden):
+                self.fill(tokens, ahead)
+            return _BehindFirstLayers(self, self._base, tokens, hidden[0], heard)
+        with listening as heard:
+            self.fill(tokens, copy.deepcopy(cache))
+        filling = self.begin(tokens, replace(call, top=0), call.read, entry)
+        filling.heard = heard
+        return filling
 
     def reads_once(self, call: Call) -> bool:
         """Whether spans that are chosen by what is heard go on from there; else first layers read them again."""
@@ -222,9 +223,11 @@ class _FirstLayersReading:
 class _BehindFirstLayers:
     """Spans of a call that the first layers have read: exact and predicted ones alike begin behind them."""
 
-    def __init__(self, reader: FirstLayersReader, base: KVTaps, tokens: mx.array, hidden: mx.array):
-        self._reader, self._base, self._tokens, self._hidden = reader, base, tokens, hidden
-        self.heard = Heard()
+    def __init__(
+        self, reader: FirstLayersReader, base: KVTaps, tokens: mx.array, hidden: mx.array, heard: Heard
+    ):
+        self._reader, self._base, self._tokens = reader, base, tokens
+        self._hidden, self.heard = hidden, heard
 
     def __call__(self, span: Span, cache: list[Any]) -> mx.array:
         part = slice(span.start, span.stop)

@@ -35,11 +35,11 @@ def read_in_order(
     if lengths is not None:
         last = max(call.first, min(n - dial.last_of(n) for n in lengths))
         call = replace(call, last=last, candidates=(call.first, last), top=min(call.top, last - call.first))
-    filling, heard = pair.reader.begin_in_order(inputs, call, entry, base_cache)
+    filling = pair.reader.begin_in_order(inputs, call, entry, base_cache)
     entry.read_on(inputs, all_read=call.read == tokens)
     chosen: list[int] = []
     if call.top:
-        scores = heard.scores(tokens, tokens, lags[:rows], lengths).sum(axis=0, keepdims=True)
+        scores = filling.heard.scores(tokens, tokens, lags[:rows], lengths).sum(axis=0, keepdims=True)
         start, stop = call.candidates
         columns: Any = choose(scores[:, start:stop], [call.top], [stop - start], BLOCK_TOKENS)[0].tolist()
         chosen = [start + column for column in columns]

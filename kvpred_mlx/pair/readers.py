@@ -17,7 +17,7 @@ from kvpred_mlx.taps.kv_taps import KVTaps
 class Filling(Protocol):
     """A call under way."""
 
-    heard: Heard  #: attention of the last queries, once all spans are filled; nothing unless the call has a `top`
+    heard: Heard  #: attention of the last queries; nothing unless the call has a `top`
 
     def __call__(self, span: Span, cache: list[Any]) -> mx.array:
         """Append entries of a span to the base's caches, its own or predicted ones.
@@ -41,13 +41,13 @@ class Reader(Protocol):
         ...
 
     def begin(self, tokens: mx.array, call: Call, read: int, entry: AuxiliaryCache) -> Filling:
-        """Begin a call with `tokens` [B, L], the first `read` of which are read."""
+        """Begin a call with `tokens` [B, L], the first `read` of which are read; `heard` once all spans are filled."""
         ...
 
     def begin_in_order(
         self, tokens: mx.array, call: Call, entry: AuxiliaryCache, cache: list[Any]
-    ) -> tuple[Filling, Heard]:
-        """Begin a call whose spans depend on what is heard.
+    ) -> Filling:
+        """Begin a call whose spans depend on what is heard: `heard` before they are filled.
 
         Args:
             cache: the base's, that the spans will come into; layers that need not read a span more than once have read
