@@ -42,12 +42,12 @@ from kvpred_mlx.pair import sources
 from kvpred_mlx.pair.loading import save
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor, Predictor
+from kvpred_mlx.quantization import WEIGHT_BITS
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 PROMPT, SCORED = 448, 64  # tokens of a window to train on
 MEASURED = (448, 1984)  # tokens of a prompt, on the card
 WINDOWS_OF_A_DOCUMENT = 64
-BITS = (2, 3, 4, 5, 6, 8)
 Maps = Predictor | FirstLayersPredictor
 
 
@@ -78,9 +78,9 @@ def main(
     licence: Annotated[str | None, typer.Option(help="Of the pairs, for their cards.")] = None,
 ) -> None:
     """Make pairs of real models, text to card; run again, it goes on where it stopped."""
-    if q_bits not in BITS:
+    if q_bits not in WEIGHT_BITS:
         raise typer.BadParameter(
-            f"{q_bits}, expected one of {', '.join(map(str, BITS))}", param_hint="--q-bits"
+            f"{q_bits}, expected one of {', '.join(map(str, WEIGHT_BITS))}", param_hint="--q-bits"
         )
     chosen = numbers("--depths", [depths], 1)
     check_same(folder, {k: v for k, v in locals().items() if k not in ("folder", "chosen")})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -82,7 +83,6 @@ def evaluate(
     check_installed("eval", NEEDED)
     from kvpred_mlx.bench.evaluate.run import Evaluation
     from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
-    from kvpred_mlx.bench.evaluate.tasks import TASKS
     from kvpred_mlx.files import kept_if_filled
 
     model = one_pair(model, pair)
@@ -97,9 +97,7 @@ def evaluate(
         raise typer.BadParameter(f"{num_samples}, expected 0, or 10 or more", param_hint="--num-samples")
     files = _files(data or [], task_names)
     _check_modes(mode_names)
-    if not {*task_names} & TASKS.keys() <= files.keys():
-        check_installed("eval", ("datasets",))
-    _check_tasks(task_names, include_path)
+    _check_tasks(task_names, files, include_path)
     settings = EvaluationSettings(
         tasks=task_names, modes=mode_names, data=files, limit=limit, num_samples=num_samples, temp=temp,
         top_p=top_p, max_tokens=max_tokens, min_prompt_tokens=min_prompt_tokens, batch_size=batch_size,
@@ -167,9 +165,11 @@ def _check_modes(modes: list[str]) -> None:
                 raise typer.BadParameter(str(error), param_hint="--modes") from error
 
 
-def _check_tasks(names: list[str], include_path: Path | None) -> None:
+def _check_tasks(names: list[str], files: Mapping[str, Path], include_path: Path | None) -> None:
     from kvpred_mlx.bench.evaluate.tasks import TASKS
 
+    if any(name in TASKS and name not in files for name in names):
+        check_installed("eval", ("datasets",))
     others = [name for name in names if name not in TASKS]
     if not others:
         return

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpred_mlx.quantization import GROUP_SIZES, KV_BITS, WEIGHT_BITS
+
 DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_SEED = (1 << 64) - 1  # of MLX's random numbers
 
 
-def _one_of(values: tuple[Any, ...], shown: str) -> Callable[[Any], Any]:
+def _one_of(values: tuple[Any, ...], shown: str | None = None) -> Callable[[Any], Any]:
     """A check that refuses what is not among `values`; None is an option that was not given."""
+    shown = shown or " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
@@ -68,7 +71,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         help="cpu or gpu. Default: MLX's own choice.",
-        callback=_one_of(("cpu", "gpu"), "cpu or gpu"),
+        callback=_one_of(("cpu", "gpu")),
     ),
 ]
 Dequantize = Annotated[
@@ -92,7 +95,7 @@ KvBits = Annotated[
     typer.Option(
         "--kv-bits",
         help="Quantize the base's KV cache: 2, 3, 4, 6 or 8.",
-        callback=_one_of((2, 3, 4, 6, 8), "2, 3, 4, 6 or 8"),
+        callback=_one_of(KV_BITS),
     ),
 ]
 KvGroupSize = Annotated[
@@ -100,7 +103,7 @@ KvGroupSize = Annotated[
     typer.Option(
         "--kv-group-size",
         help="Group size of KV cache quantization.",
-        callback=_one_of((32, 64, 128), "32, 64 or 128"),
+        callback=_one_of(GROUP_SIZES),
     ),
 ]
 QuantizedKvStart = Annotated[
@@ -128,11 +131,11 @@ DraftModel = Annotated[
     typer.Option(
         "--draft-model",
         help="'auxiliary': speculative decoding; the auxiliary has read the prompt already.",
-        callback=_one_of(("auxiliary",), "auxiliary"),
+        callback=_one_of(("auxiliary",)),
     ),
 ]
 Draft = Annotated[  # what --draft-model was called
-    str | None, typer.Option("--draft", hidden=True, callback=_one_of(("auxiliary",), "auxiliary"))
+    str | None, typer.Option("--draft", hidden=True, callback=_one_of(("auxiliary",)))
 ]
 NumDraftTokens = Annotated[int, typer.Option("--num-draft-tokens", min=1, help="Tokens to draft at a time.")]
 
@@ -204,7 +207,7 @@ QBits = Annotated[
     typer.Option(
         "--q-bits",
         help="Quantize the predictor: 2, 3, 4, 5, 6 or 8 bits.",
-        callback=_one_of((2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
+        callback=_one_of(WEIGHT_BITS),
     ),
 ]
 QGroupSize = Annotated[
@@ -212,7 +215,7 @@ QGroupSize = Annotated[
     typer.Option(
         "--q-group-size",
         help="Of its weights, that share a scale.",
-        callback=_one_of((32, 64, 128), "32, 64 or 128"),
+        callback=_one_of(GROUP_SIZES),
     ),
 ]
 MlxPath = Annotated[Path, typer.Option("--mlx-path", help="The directory to make.")]

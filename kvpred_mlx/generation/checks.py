@@ -11,9 +11,8 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from kvpred_mlx.errors import UnsupportedModelError, check_ranges, one_line
 from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.quantization import GROUP_SIZES, KV_BITS
 
-KV_BITS = (2, 3, 4, 6, 8)
-KV_GROUP_SIZES = (32, 64, 128)
 LEAST = {"prefill_step_size": 1, "num_draft_tokens": 1, "max_kv_size": 8, "quantized_kv_start": 0}
 
 
@@ -53,7 +52,7 @@ def check_quantized_cache(
         ValueError: bits or group size are none that MLX has, or the group size does not fit the heads.
         UnsupportedModelError: the cache is a window, or the family's attention takes no quantized one.
     """
-    for name, given, known in (("kv_bits", bits, KV_BITS), ("kv_group_size", group_size, KV_GROUP_SIZES)):
+    for name, given, known in (("kv_bits", bits, KV_BITS), ("kv_group_size", group_size, GROUP_SIZES)):
         if type(given) is not int or given not in known:
             *others, last = known
             raise ValueError(f"{name} is {given!r}, expected {', '.join(map(str, others))} or {last}")
@@ -76,7 +75,7 @@ def check_quantized_cache(
     }
     if any(width % group_size for width in widths):
         shown = " and ".join(map(str, sorted(widths)))
-        fitting = [g for g in KV_GROUP_SIZES if not any(width % g for width in widths)]
+        fitting = [g for g in GROUP_SIZES if not any(width % g for width in widths)]
         expected = " or ".join(map(str, fitting)) or "no --kv-bits: no group fits"
         raise ValueError(
             f"kv_group_size is {group_size}, but heads of {family} are {shown} wide, expected {expected}"
