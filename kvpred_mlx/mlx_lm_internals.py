@@ -48,7 +48,7 @@ USED: dict[str, dict[str, str]] = {
         "BaseModelArgs.from_dict": "params",
         "scaled_dot_product_attention": "queries keys values cache scale mask sinks",
     },
-    # pair/auxiliary_cache.py, dial/, taps/sites.py, bench/front/sparse.py: cache entries, ours among them
+    # pair/auxiliary_cache.py, dial/, taps/sites.py, bench/common/sparse.py: cache entries, ours among them
     "mlx_lm.models.cache": {
         "ArraysCache": "size left_padding",
         "ArraysCache.batch_size": "",
@@ -56,6 +56,7 @@ USED: dict[str, dict[str, str]] = {
         "ArraysCache.left_padding": "",
         "ArraysCache.lengths": "",
         "BatchKVCache": "left_padding",
+        "BatchKVCache.merge": "caches",
         "BatchRotatingKVCache": "max_size left_padding",
         "CacheList": "",
         "CacheList.caches": "",

@@ -13,8 +13,8 @@ from test_exact import heads
 
 from kvpred_mlx import ExactPositions
 from kvpred_mlx.bench.common.flops import dial_flops, full_prefill_flops, scores_flops, ttft_flops
+from kvpred_mlx.bench.common.sparse import at_random, attended, drop_all_but, drop_all_but_last
 from kvpred_mlx.bench.front.baselines import METHODS, dialled, pruned, usable
-from kvpred_mlx.bench.front.sparse import at_random, attended, drop_all_but, drop_all_but_last
 
 TOLERANCE = 1e-4
 PROMPT = 61

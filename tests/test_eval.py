@@ -378,7 +378,7 @@ def passing(monkeypatch):
     ("mode", "least"),
     [
         ("exact", 1), ("predicted", 1), ("predicted", 16), ("auxiliary", 1), ("exact-last=0.2", 1),
-        ("exact-first=2+exact-top=0.3", 1),
+        ("exact-first=2+exact-top=0.3", 1), ("sparse-top=0.3", 1), ("sparse-first=2+sparse-top=0.3", 16),
     ],
 )  # fmt: skip
 def test_batches_answer_as_one_by_one(demo_pair, tmp_path, passing, mode, least):
@@ -459,6 +459,12 @@ def test_batches_go_on_where_they_stopped(demo_pair, tmp_path, monkeypatch):
     assert (tmp_path / "items.jsonl").read_text().startswith(before)
     assert len(records) == 16 and len(given) == 16 - len(before.splitlines()[1:])
     assert results["complete"] and [row["items"] for row in results["rows"]] == [8, 8]
+
+
+def test_sparse_prefill_is_of_own_tasks_alone(demo_pair, tmp_path):
+    settings = EvaluationSettings(tasks=["gsm8k"], modes=["sparse-top=0.2"])
+    with pytest.raises(ValueError, match=r"'sparse-top=0.2', expected another one for tasks of lm-eval"):
+        Evaluation(*demo_pair, "pair", settings, tmp_path)
 
 
 def test_prompts_that_are_too_long_score_nothing_in_batches(demo_pair, tmp_path):
@@ -638,6 +644,8 @@ def test_an_answer_s_length_cuts_no_context(demo_pair, monkeypatch):
         (["--tasks", "humaneval"], ["--confirm-run-unsafe-code"]),
         (["--tasks", "triviaqa,,"], ["--tasks"]),
         (["--modes", "fast"], ["--modes", "'fast'", "exact-last"]),
+        (["--modes", "sparse-top=2"], ["--modes", "'sparse-top=2'", "sparse-top=0.2"]),
+        (["--modes", "sparse-last=4"], ["--modes", "'sparse-last=4'", "a share of the prompt to choose"]),
         (["--num-samples", "5"], ["--num-samples", "0, or 10"]),
         (["--data", "no.jsonl"], ["--data", "no.jsonl: no such file"]),
         (["--data", f"gsm8k={FILES['triviaqa']}"], ["--data", "no such file"]),

@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.bench.evaluate import tasks
+from kvpred_mlx.bench.evaluate.modes import SparseModel
 from kvpred_mlx.pair.model import KVPredictionModel
 
 Sampler = Callable[[mx.array], mx.array]
@@ -39,7 +40,11 @@ class Asked:
 
 
 def answer_all(
-    model: nn.Module, tokenizer: Any, asked: Iterable[Asked], stops: Sequence[str], batch_size: int
+    model: nn.Module | SparseModel,
+    tokenizer: Any,
+    asked: Iterable[Asked],
+    stops: Sequence[str],
+    batch_size: int,
 ) -> Iterator[tuple[Any, str]]:
     """(key, answer up to its stop) of everything that is `asked`, each as soon as it is known.
 
@@ -47,7 +52,8 @@ def answer_all(
     depends on the batch.  The longest prompts come first: memory that does not suffice is found out at once.
 
     Args:
-        model: a pair, in the mode that it is in, or a model of its own; left in that mode until the end.
+        model: a pair, in the mode that it is in, a model of its own, or one that reads sparsely; left in that mode
+            until the end.
         batch_size: rows that are decoded together.
 
     Raises:
@@ -56,7 +62,7 @@ def answer_all(
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     waiting = deque(sorted(asked, key=lambda a: len(a.prompt), reverse=True))
     batch = BatchGenerator(
-        model,
+        model.base if isinstance(model, SparseModel) else model,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
@@ -68,8 +74,10 @@ def answer_all(
     try:
         while waiting or rows:
             if joining := _next_to_read(model, waiting, batch_size - len(rows)):
+                sparse = isinstance(model, SparseModel)
                 uids = batch.insert(
-                    [a.prompt for a in joining],
+                    [a.prompt[-1:] if sparse else a.prompt for a in joining],
+                    caches=[model.read(a.prompt) for a in joining] if sparse else None,
                     max_tokens=[a.room for a in joining],
                     samplers=[a.draw or greedy for a in joining],
                 )
@@ -95,7 +103,7 @@ def seeded(sampler: Sampler, seed: int) -> Sampler:
     return draw
 
 
-def _next_to_read(model: nn.Module, waiting: deque[Asked], room: int) -> list[Asked]:
+def _next_to_read(model: nn.Module | SparseModel, waiting: deque[Asked], room: int) -> list[Asked]:
     """The next prompts, off `waiting`, that are read in one call as each would be by itself."""
     joining: list[Asked] = []
     while waiting and len(joining) < room:
@@ -105,7 +113,7 @@ def _next_to_read(model: nn.Module, waiting: deque[Asked], room: int) -> list[As
     return joining
 
 
-def _way(model: nn.Module, prompt: list[int]) -> str | int:
+def _way(model: nn.Module | SparseModel, prompt: list[int]) -> str | int:
     """How a prompt is read: beside a longer one a short one is predicted too, and all are read equally deep."""
     before_last = len(prompt) - 1
     if not isinstance(model, KVPredictionModel) or model.exact:

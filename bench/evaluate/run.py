@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -20,14 +21,14 @@ from kvpred_mlx.bench.common.results import Results, begin
 from kvpred_mlx.bench.evaluate import tasks
 from kvpred_mlx.bench.evaluate.batches import Asked, Sampler, answer_all, seeded
 from kvpred_mlx.bench.evaluate.journal import Journal, Record
-from kvpred_mlx.bench.evaluate.scores import AUXILIARY, summarize
+from kvpred_mlx.bench.evaluate.modes import Sparse, SparseModel, parse
+from kvpred_mlx.bench.evaluate.scores import summarize
 from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, PASS_K, TASKS, TRIVIAQA, Task
 from kvpred_mlx.dial.rows import ExactRows
 from kvpred_mlx.errors import UnsupportedModelError
 from kvpred_mlx.generation.stream import stream_generate
 from kvpred_mlx.pair.model import KVPredictionModel
-from kvpred_mlx.pair.modes import Mode
 from kvpred_mlx.progress import ProgressCallback, no_progress
 from kvpred_mlx.taps.states import holds_states
 
@@ -60,8 +61,10 @@ class Evaluation:
     ):
         self.pair, self.tokenizer, self.name, self.settings = pair, tokenizer, name, settings
         self.context = context
-        self._modes = {mode: _parse(mode) for mode in settings.modes}
-        for mode in self._modes.values():
+        self._modes = {mode: parse(mode) for mode in settings.modes}
+        for called, mode in self._modes.items():
+            if isinstance(mode, Sparse) and not TASKS.keys() >= set(settings.tasks):
+                raise ValueError(f"mode {called!r}, expected another one for tasks of lm-eval's")
             if mode is None:
                 _ = pair.auxiliary_model  # there may be none
             else:
@@ -173,22 +176,25 @@ class Evaluation:
             if (name, mode, WHOLE) not in self._journal:
                 progress(i, len(self._modes), f"{name}, {mode}")
                 with self._model(mode) as model:
+                    assert isinstance(model, nn.Module)  # sparse modes were refused
                     done = evaluate(model, self.tokenizer, name, self.settings, self.context)
                 self._journal.add({"task": name, "mode": mode, "id": WHOLE} | done)
         progress(len(self._modes), len(self._modes), name)
         return {mode: [self._journal[name, mode, WHOLE]] for mode in self._modes}
 
     @contextmanager
-    def _model(self, mode: str) -> Iterator[nn.Module]:
+    def _model(self, mode: str) -> Iterator[nn.Module | SparseModel]:
         """The model that answers in a mode."""
         parsed = self._modes[mode]
         if parsed is None:
             yield self.pair.auxiliary_model
+        elif isinstance(parsed, Sparse):
+            yield SparseModel(self.pair, parsed.positions)
         else:
             with parsed.applied(self.pair):
                 yield self.pair
 
-    def _item(self, model: nn.Module, task: Task, row: dict[str, Any], row_id: str) -> Record:
+    def _item(self, model: nn.Module | SparseModel, task: Task, row: dict[str, Any], row_id: str) -> Record:
         """Answer one item and score the answers."""
         prompt = self.tokenizer.encode(tasks.prompt(task, row))
         answers, ttfts = [], []
@@ -198,19 +204,25 @@ class Evaluation:
             ttfts.append(ttft)
         return self._scored(task, row, prompt, answers, ttfts)
 
-    def _answer(self, model: nn.Module, task: Task, prompt: list[int], sampler: Any) -> tuple[str, float]:
+    def _answer(
+        self, model: nn.Module | SparseModel, task: Task, prompt: list[int], sampler: Any
+    ) -> tuple[str, float]:
         """An answer up to its stop, and the seconds until its first token."""
-        text, ttft, room = "", 0.0, self._room(task, prompt)
-        for n, response in enumerate(stream_generate(model, self.tokenizer, prompt, room, sampler=sampler)):
+        text, ttft, room, started = "", 0.0, self._room(task, prompt), time.perf_counter()
+        given, options = prompt, {"sampler": sampler}
+        if isinstance(model, SparseModel):
+            given, options["prompt_cache"], model = prompt[-1:], model.read(prompt), model.base
+        read = time.perf_counter() - started
+        for n, response in enumerate(stream_generate(model, self.tokenizer, given, room, **options)):
             if n == 0 and response.finish_reason != "stop":
                 text = tasks.beginning(self.tokenizer, prompt, response.token)
-            text, ttft = text + response.text, response.ttft
+            text, ttft = text + response.text, read + response.ttft
             if tasks.cut(text, task.stops) != text:
                 break
         return tasks.cut(text, task.stops), ttft
 
     def _items(
-        self, model: nn.Module, task: Task, rows: dict[str, Any]
+        self, model: nn.Module | SparseModel, task: Task, rows: dict[str, Any]
     ) -> Iterator[tuple[str, list[int], list[str]]]:
         """(id, prompt, answers) of all items, answered in batches, as they are finished."""
         prompts = {i: self.tokenizer.encode(tasks.prompt(task, row)) for i, row in rows.items()}
@@ -272,7 +284,3 @@ def _metrics(task: Task, num_samples: int) -> list[str]:
 
 def _samples(task: Task, settings: EvaluationSettings) -> int:
     return settings.num_samples if task is HUMANEVAL else 0
-
-
-def _parse(mode: str) -> Mode | None:
-    return None if mode == AUXILIARY else Mode.parse(mode)

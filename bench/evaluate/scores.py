@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from kvpred_mlx.bench.common.flops import TTFT, ttft_flops
+from kvpred_mlx.bench.common.sparse import sparse_flops
 from kvpred_mlx.bench.common.statistics import share
 from kvpred_mlx.bench.evaluate.journal import Record
+from kvpred_mlx.bench.evaluate.modes import AUXILIARY, Sparse, parse
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 
-AUXILIARY = "auxiliary"  # the mode in which the auxiliary answers by itself
 RESAMPLES = 2000
 FLOPS_LENGTHS = 9  # prompt lengths at which FLOPs are counted; between them they are interpolated
 
@@ -90,6 +91,9 @@ def interval(scores: Sequence[float], seed: int = 0) -> tuple[float | None, floa
 def _flops(
     pair: KVPredictionModel, mode: str, prompt_tokens: int, counted: dict[tuple[str, int], TTFT]
 ) -> int:
+    parsed = parse(mode)
+    if isinstance(parsed, Sparse):
+        return sparse_flops(pair, prompt_tokens, parsed.positions)
     dial = mode if mode not in (AUXILIARY, "exact") else "predicted"
     if (dial, prompt_tokens) not in counted:
         with Mode.parse(dial).applied(pair):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvpred_mlx.bench.evaluate.journal import Record
-from kvpred_mlx.bench.evaluate.scores import AUXILIARY
+from kvpred_mlx.bench.evaluate.modes import AUXILIARY
 from kvpred_mlx.bench.evaluate.tasks import PASS_K
 from kvpred_mlx.errors import check_ranges
 
@@ -19,7 +19,7 @@ class EvaluationSettings:
 
     Args:
         tasks: triviaqa, humaneval, or names of lm-eval's tasks.
-        modes: exact, predicted, auxiliary, or settings of the dial (see `Mode.parse`).
+        modes: exact, predicted, auxiliary, settings of the dial, or sparse-top=0.2 (see `modes.parse`).
         data: files of JSON lines, by task; the hub's data without.
         limit: items of each task (None: all).
         num_samples: of each HumanEval problem, for pass@10 (0: pass@1 only).

@@ -16,16 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from kvpred_mlx.bench.common.flops import (
-    Cost,
-    dial_flops,
-    full_prefill_flops,
-    read,
-    reader_caches,
-    scores_flops,
+from kvpred_mlx.bench.common.flops import dial_flops, full_prefill_flops
+from kvpred_mlx.bench.common.sparse import (
+    at_random,
+    attended,
+    check_windows,
+    drop_all_but,
+    drop_all_but_last,
+    sparse_flops,
 )
-from kvpred_mlx.bench.front.sparse import at_random, attended, check_windows, drop_all_but, drop_all_but_last
-from kvpred_mlx.dial.plan import Call
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill, prefill_of
 from kvpred_mlx.pair.model import KVPredictionModel
@@ -102,13 +101,9 @@ def _sparse(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     def prefill(pair: KVPredictionModel, budget: float) -> Prefill:
         return drop_all_but(pair, attended(pair, dial(budget)))
 
-    def flops(pair: KVPredictionModel, n: int, budget: float) -> int:
-        call = Call.of(dial(budget), n - 1, announced=None, windowed=False)
-        kept = call.first + call.top + n - 1 - call.last
-        auxiliary = Cost(read(pair), reader_caches(pair)).until(n - 1)
-        return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
-
-    return Method(title, prefill, flops, needs=("top", "drop"))
+    return Method(
+        title, prefill, lambda pair, n, budget: sparse_flops(pair, n, dial(budget)), needs=("top", "drop")
+    )  # fmt: skip
 
 
 def _kept(pair: KVPredictionModel, n: int, budget: float) -> int:

@@ -36,7 +36,8 @@ def evaluate(
     modes: Annotated[
         str | None,
         typer.Option(
-            help="exact, predicted, auxiliary, or dials: exact-last=32, exact-top=0.1+exact-first=4. "
+            help="exact, predicted, auxiliary, dials: exact-last=32, exact-top=0.1+exact-first=4; or sparse prefill: "
+            "sparse-top=0.2. "
             "Default: the first two, and the third if the pair has one."
         ),
     ] = None,
@@ -155,14 +156,13 @@ def _files(given: list[str], names: list[str]) -> dict[str, Path]:
 
 
 def _check_modes(modes: list[str]) -> None:
-    from kvpred_mlx.pair.modes import Mode
+    from kvpred_mlx.bench.evaluate.modes import parse
 
     for mode in modes:
-        if mode != "auxiliary":
-            try:
-                Mode.parse(mode)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint="--modes") from error
+        try:
+            parse(mode)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--modes") from error
 
 
 def _check_tasks(names: list[str], files: Mapping[str, Path], include_path: Path | None) -> None:

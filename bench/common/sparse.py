@@ -7,7 +7,7 @@ states they are read run after run instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +15,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import (
     ArraysCache,
+    BatchKVCache,
     ConcatenateKVCache,
     KVCache,
     create_attention_mask,
     make_prompt_cache,
 )
 
+from kvpred_mlx.bench.common.flops import (
+    Cost,
+    full_prefill_flops,
+    read,
+    reader_caches,
+    scores_flops,
+)
 from kvpred_mlx.dial.plan import Call
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.making.quality import Prefill
@@ -50,6 +58,23 @@ class SparseKVCache(ConcatenateKVCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         return create_attention_mask(N, self.offset - self.dropped, return_array, window_size)
 
+    @classmethod
+    def merge(cls, caches: Sequence[SparseKVCache]) -> BatchKVCache:
+        """Side by side as a batch of mlx-lm's, each row's next token at its own position."""
+        whole = []
+        for entry in caches:
+            kept = KVCache()
+            kept.keys, kept.values, kept.offset = entry.keys, entry.values, entry.offset - entry.dropped
+            whole.append(kept)
+        merged = BatchKVCache.merge(whole)
+        merged.offset = merged.offset + mx.array([entry.dropped for entry in caches])
+        return merged
+
+
+def make_sparse_cache(model: nn.Module) -> list[Any]:
+    """A model's prompt cache, empty, whose keys may be of a part of the tokens."""
+    return [SparseKVCache(0) if type(entry) is KVCache else entry for entry in make_prompt_cache(model)]
+
 
 def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
     """The base processes the given columns of the prompt, `[B, k]` ascending, and drops the rest.
@@ -75,6 +100,14 @@ def drop_all_but(pair: KVPredictionModel, columns: Columns) -> Prefill:
     return prefill
 
 
+def sparse_flops(pair: KVPredictionModel, n: int, dial: ExactPositions) -> int:
+    """FLOPs until the first token behind `n` tokens of prompt, of which those that `attended` names are processed."""
+    call = Call.of(dial, n - 1, announced=None, windowed=False)
+    kept = call.first + call.top + n - 1 - call.last
+    auxiliary = Cost(read(pair), reader_caches(pair)).until(n - 1)
+    return auxiliary + scores_flops(pair, n - 1) + full_prefill_flops(pair.base, kept + 1)
+
+
 def _drop_in_order(base: nn.Module, columns: Columns) -> Prefill:
     """The same on a base with states: the kept tokens one run after the other, keys at their own positions."""
 
@@ -84,7 +117,7 @@ def _drop_in_order(base: nn.Module, columns: Columns) -> Prefill:
         return base, [_side_by_side(list(entries)) for entries in zip(*rows, strict=True)]
 
     def one_row(prompt: mx.array, places: list[int]) -> list[Any]:
-        cache = [_sparse(entry) for entry in make_prompt_cache(base)]
+        cache = make_sparse_cache(base)
         starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
         for start, stop in pairwise([*starts, len(places)]):
             _move(cache, places[start] - start)
@@ -111,10 +144,6 @@ def _side_by_side(rows: list[Any]) -> Any:
     return made
 
 
-def _sparse(entry: Any) -> Any:
-    return SparseKVCache(0) if type(entry) is KVCache else entry
-
-
 def _move(cache: list[Any], dropped: int) -> None:
     """Let the next token stand behind `dropped` tokens that were left out."""
     for entry in cache:
@@ -129,7 +158,7 @@ def drop_all_but_last(base: nn.Module, count: Callable[[int], int]) -> Prefill:
 
     def prefill(prompt: mx.array) -> tuple[nn.Module, list[Any]]:
         n = prompt.shape[1] - 1
-        cache = [_sparse(entry) for entry in make_prompt_cache(base)]
+        cache = make_sparse_cache(base)
         _move(cache, n - count(n))
         base(prompt[:, n - count(n) : -1], cache=cache)
         return base, cache

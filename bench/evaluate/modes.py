@@ -1,0 +1,75 @@
+"""Who answers in a mode of an evaluation: a pair, its auxiliary alone, or its base behind a sparse prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from kvpred_mlx.bench.common.sparse import attended, check_windows, drop_all_but, make_sparse_cache
+from kvpred_mlx.dial.positions import ExactPositions
+from kvpred_mlx.pair.model import KVPredictionModel
+from kvpred_mlx.pair.modes import Mode
+
+AUXILIARY = "auxiliary"  # the mode in which the auxiliary answers by itself
+SPARSE = "sparse-"
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Sparse prefill: the base processes the positions that the dial would make exact, and drops the others."""
+
+    positions: ExactPositions
+
+    def check(self, pair: KVPredictionModel) -> None:
+        """Make sure that tokens can be chosen by the pair's reader and left out of its base's cache.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        pair.check_top()
+        check_windows(pair.base)
+
+
+@dataclass(frozen=True)
+class SparseModel:
+    """A pair's base, and how it reads a prompt sparsely."""
+
+    pair: KVPredictionModel
+    positions: ExactPositions
+
+    @property
+    def base(self) -> nn.Module:
+        """The model that answers."""
+        return self.pair.base
+
+    def read(self, prompt: list[int]) -> list[Any]:
+        """The base's cache of all of `prompt` but its last token; a prompt that is not predicted is read exactly."""
+        tokens = mx.array(prompt)[None]
+        if len(prompt) - 1 >= max(2, self.pair.min_prompt_tokens):
+            return drop_all_but(self.pair, attended(self.pair, self.positions))(tokens)[1]
+        cache = make_sparse_cache(self.base)
+        if len(prompt) > 1:
+            self.base(tokens[:, :-1], cache=cache)
+        return cache
+
+
+def parse(name: str) -> Mode | Sparse | None:
+    """The mode called `name`: as in `Mode.parse`; sparse-top=0.2, a dial with the other prefix; or `AUXILIARY`, None.
+
+    Raises:
+        ValueError: naming what is not known, or out of range.
+    """
+    if name == AUXILIARY:
+        return None
+    if not name.startswith(SPARSE):
+        return Mode.parse(name)
+    try:
+        positions = Mode.parse(name.replace(SPARSE, "exact-")).positions
+    except ValueError as error:
+        raise ValueError(f"mode {name!r}, expected sparse-top=0.2 or the like: {error}") from error
+    if not positions or not positions.top or positions.depth:
+        raise ValueError(f"mode {name!r}, expected a share of the prompt to choose, sparse-top=0.2")
+    return Sparse(positions)
