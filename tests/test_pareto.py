@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import fails
-from pairs import make_pair
+from pairs import make_first_layers_pair, make_pair
+from test_making import write_model
 
 from kvpred_mlx.bench.common.statistics import paired_shares
 from kvpred_mlx.bench.front import files, recall_score
@@ -17,9 +18,14 @@ from kvpred_mlx.bench.front import pareto as module
 from kvpred_mlx.bench.front import report as pareto_report
 from kvpred_mlx.bench.front.cells import SHOWN, label
 from kvpred_mlx.bench.front.pareto import pareto
+from kvpred_mlx.bench.front.plot import STYLES, _styles
 from kvpred_mlx.bench.front.recall import Question
 from kvpred_mlx.bench.front.settings import FrontSettings
 from kvpred_mlx.bench.front.text import Data
+from kvpred_mlx.making.pairing import join_first_layers, load_part
+from kvpred_mlx.pair.loading import save
+from kvpred_mlx.pair.predictor import FirstLayersPredictor
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 TEXT = "".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(300))
 SETTINGS = FrontSettings(
@@ -172,6 +178,49 @@ def test_other_settings_do_not_go_on(demo_pair, data, front):
         ValueError, match=r"the data of the results there and now differ: checksum \d+, now \d+"
     ):
         pareto(demo_pair[0], "pycode", SETTINGS, another, front)
+
+
+def test_other_pairs_are_further_lines(demo_pair, data, tmp_path):
+    other = make_first_layers_pair(demo_pair[0].base, [2])
+    methods = ["predicted", "dial-last", "sparse-top"]
+    options = {"windows": 2, "score_tokens": 4, "questions": 0, "trials": 1}
+    settings = FrontSettings([96], methods, [0.1], **options, beside=["own"])
+    found = pareto(demo_pair[0], "pycode", settings, data, beside={"own": other})
+    lines = ["exact", "predicted", "dial-last 0.1", "sparse-top 0.1", "own: predicted", "own: dial-last 0.1"]
+    assert [label(c) for c in found["cells"]] == lines
+    alone = pareto(other, "own", FrontSettings([96], methods[:2], [0.1], **options), data)["cells"][1:]
+    for cell, same in zip(found["cells"][4:], alone, strict=True):
+        assert (cell["flops"], cell["quality"]) == (same["flops"], same["quality"])
+        assert cell["ttft"] > 0 and cell["gain"]["agreement"]["mean"] == pytest.approx(
+            cell["quality"]["agreement"]["mean"] - found["cells"][1]["quality"]["agreement"]["mean"]
+        )
+    assert "| own: dial-last 0.1 |" in pareto_report.markdown(found)
+    again = pareto(demo_pair[0], "pycode", settings, data, found, beside={"own": other})
+    assert again["cells"] == found["cells"]
+    assert len(_styles(found)) == 2 * len(STYLES)
+
+
+@pytest.mark.slow
+def test_other_pairs_by_name(run, tmp_path, demo_pair):
+    """On the base that is loaded, wherever their own link points."""
+    base = write_model(tmp_path / "base", "qwen3", demo_pair[1])
+    another = write_model(tmp_path / "another", "qwen3", demo_pair[1], num_hidden_layers=5)
+    for name, part in (("one", base), ("two", base), ("strange", another)):
+        loaded = load_part(str(part))
+        predictor = FirstLayersPredictor([1], KVTaps(loaded.model).input_widths, KVTaps(loaded.model).widths)
+        save(tmp_path / name, join_first_layers(loaded, predictor, linked=True))
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [
+        "pareto", "--model", tmp_path / "one", "--data", tmp_path / "text.txt", "--all-documents", "--prompt-lens", 96,
+        "--methods", "predicted", "--windows", 2, "--questions", 0, "--trials", 1,
+    ]  # fmt: skip
+    code, _, err = run(*command, "--beside", tmp_path / "two", "--output-dir", tmp_path / "out")
+    assert code == 0, err
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert [label(c) for c in cells] == ["exact", "predicted", "two: predicted"]
+    assert (tmp_path / "out" / "pareto.png").exists()
+    fails(run(*command, "--beside", tmp_path / "strange", "--output-dir", tmp_path / "x"), 1, "strange")
+    fails(run(*command, "--beside", tmp_path / "none", "--output-dir", tmp_path / "x"), 1, "none")
 
 
 def test_random_weights_are_timed_only():

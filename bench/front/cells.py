@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvpred_mlx.bench.common.results import Results
@@ -19,14 +20,20 @@ FIGURES = {
 }
 
 
-def make_cells(pair: KVPredictionModel, settings: FrontSettings) -> list[Cell]:
+def make_cells(
+    pair: KVPredictionModel, settings: FrontSettings, beside: Mapping[str, KVPredictionModel]
+) -> list[Cell]:
     """Every cell, its FLOPs counted and nothing measured; `skipped` says why the pair cannot do one."""
     names = ["exact", *(m for m in settings.methods if m != "exact")]
-    reasons = usable(pair, names)
+    dials = [m for m in names if m == "predicted" or m.startswith("dial-")]
+    lines: list[tuple[str | None, KVPredictionModel, list[str]]] = [(None, pair, names)]
+    lines += [(other, beside[other], dials) for other in settings.beside]
+    reasons = [usable(of, methods) for _, of, methods in lines]
     return [
-        _cell(pair, n, method, budget, reasons.get(method))
+        _cell(of, n, method, budget, cannot.get(method)) | {"pair": called}
         for n in settings.prompt_lens
-        for method in names
+        for (called, of, methods), cannot in zip(lines, reasons, strict=True)
+        for method in methods
         for budget in (settings.budgets if METHODS[method].budgets else [None])
     ]
 
@@ -49,8 +56,9 @@ def _cell(pair: KVPredictionModel, n: int, method: str, budget: float | None, re
 
 
 def label(cell: Cell) -> str:
-    """`dial-last 0.1`, or `exact`."""
-    return cell["method"] if cell["budget"] is None else f"{cell['method']} {cell['budget']:g}"
+    """`dial-last 0.1`, or `exact`; with the name of its pair before, if that is another one."""
+    name = cell["method"] if cell["budget"] is None else f"{cell['method']} {cell['budget']:g}"
+    return f"{cell['pair']}: {name}" if cell.get("pair") else name
 
 
 def figure(cell: Cell, name: str) -> dict[str, float] | None:

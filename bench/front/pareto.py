@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -46,6 +46,7 @@ def pareto(
     before: Results | None = None,
     progress: ProgressCallback = no_progress,
     finished: Callable[[Results], None] = lambda results: None,
+    beside: Mapping[str, KVPredictionModel] | None = None,
 ) -> Results:
     """Measure the front of a pair; the schema of what is returned is in docs/front.md.
 
@@ -54,13 +55,17 @@ def pareto(
         before: results of an interrupted run with the same settings.
         progress: called with what is done, and how far it is.
         finished: called with the results so far after every step.
+        beside: the pairs of `settings.beside`, by name.
 
     Raises:
         ValueError: a prompt is too short to be predicted; `before` is of another pair, other settings or
             another text; or no document is long enough.
         KeyboardInterrupt: passed on.
     """
-    _check_lengths(pair, settings.prompt_lens)
+    pairs: dict[str | None, KVPredictionModel] = {None: pair}
+    pairs.update(beside or {})
+    for one in pairs.values():
+        _check_lengths(one, settings.prompt_lens)
     windows = {} if data is None else data.windows(settings)
     results = begin(
         SCHEMA,
@@ -69,13 +74,13 @@ def pareto(
         kind=KIND,
         data=None if data is None else data.describe(windows),
         warnings=machine.warnings(machine.busy_share()),
-        cells=make_cells(pair, settings),
+        cells=make_cells(pair, settings, beside or {}),
     )
     if before is not None:
         _check_same(before, results)
         results = before
     finished(results)  # a folder that cannot be written is found out now
-    front = _Front(pair, settings, results, progress, finished)
+    front = _Front(pairs, settings, results, progress, finished)
     for n in settings.prompt_lens:
         if data is not None:
             front.score(n, windows[n])
@@ -86,9 +91,9 @@ def pareto(
     return results
 
 
-def prefills(pair: KVPredictionModel, cells: Sequence[Cell]) -> dict[str, Prefill]:
-    """How every cell reads a prompt, by its label."""
-    return {label(c): METHODS[c["method"]].prefill(pair, c["budget"] or 0.0) for c in cells}
+def prefill_of(pairs: Mapping[str | None, KVPredictionModel], cell: Cell) -> Prefill:
+    """How a cell reads a prompt."""
+    return METHODS[cell["method"]].prefill(pairs[cell.get("pair")], cell["budget"] or 0.0)
 
 
 def first_token_seconds(prefill: Prefill, tokens: mx.array) -> float:
@@ -105,7 +110,7 @@ def first_token_seconds(prefill: Prefill, tokens: mx.array) -> float:
 class _Front:
     """The steps of a front, each for all cells of a prompt length; what has been measured is passed over."""
 
-    pair: KVPredictionModel
+    pairs: Mapping[str | None, KVPredictionModel]
     settings: FrontSettings
     results: Results
     progress: ProgressCallback
@@ -116,14 +121,15 @@ class _Front:
         cells = self._cells(n)
         if all(c["quality"] is not None for c in cells):
             return
-        ends = {name: quality.modes_of(self.pair)[name] for name in ("exact", "no prompt")}
+        pair = self.pairs[None]
+        ends = {name: quality.modes_of(pair)[name] for name in ("exact", "no prompt")}
         begun = self.results.setdefault("scoring", {}).setdefault(str(n), {})
         try:
             found = quality.measure(
-                self.pair,
+                pair,
                 windows,
-                ends | prefills(self.pair, cells),
-                over=OVER if any(c["method"] == OVER for c in cells) else None,
+                ends | {label(c): prefill_of(self.pairs, c) for c in cells},
+                over=OVER if any(label(c) == OVER for c in cells) else None,
                 seed=self.settings.seed,
                 progress=self._telling(f"{n} tokens: text"),
                 begun=begun,
@@ -154,7 +160,7 @@ class _Front:
                 self._warn(f"no recall at {n} tokens: {error}")
                 return
         for cell in missing:
-            prefill = METHODS[cell["method"]].prefill(self.pair, cell["budget"] or 0.0)
+            prefill = prefill_of(self.pairs, cell)
             telling = self._telling(f"{n} tokens: recall, {label(cell)}")
             cell["recall"] = recall_score.summary(
                 asked, recall_score.recalled(prefill, asked, progress=telling)
@@ -162,7 +168,7 @@ class _Front:
             self.finished(self.results)
         for cell in cells:
             if cell["gain"]:
-                over = next(c for c in cells if c["method"] == OVER)
+                over = next(c for c in cells if label(c) == OVER)
                 right, others = ([r == "1" for r in c["recall"]["right"]] for c in (cell, over))
                 cell["gain"]["recall"] = paired_shares(right, others)
         self.finished(self.results)
@@ -173,8 +179,10 @@ class _Front:
         if all(c["ttft"] is not None for c in cells):
             return
         timed = [c for c in cells if c["ttft"] is None or c["method"] == "exact"]
-        tokens = mx.random.randint(0, self.pair.vocab_size, (1, n), key=mx.random.key(self.settings.seed))
-        made = prefills(self.pair, timed)
+        tokens = mx.random.randint(
+            0, self.pairs[None].vocab_size, (1, n), key=mx.random.key(self.settings.seed)
+        )
+        made = {label(c): prefill_of(self.pairs, c) for c in timed}
         seconds: dict[str, list[float]] = {name: [] for name in made}
         for trial in range(rounds):
             for i, (name, prefill) in enumerate(made.items()):

@@ -27,6 +27,7 @@ STYLES = {
     "random": ("tab:pink", "v", ":"),
     "pruned": ("tab:gray", "d", "-."),
 }
+OTHERS = ("tab:olive", "magenta", "teal", "saddlebrown")  # of other pairs, in turn
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 AXES = {"flops": "FLOPs, share of the base's", "ttft": "TTFT, share of the base's"}
 
@@ -67,15 +68,16 @@ def _at(results: Results, n: int) -> list[Cell]:
 
 def _lines(axes: Any, results: Results, n: int, axis: str, name: str | None) -> None:
     exact = exact_cell(results, n)
-    for method, (color, marker, line) in STYLES.items():
-        cells = [c for c in _at(results, n) if c["method"] == method and c[axis]]
+    for (pair, method), (color, marker, line) in _styles(results).items():
+        cells = [c for c in _at(results, n) if (c.get("pair"), c["method"]) == (pair, method) and c[axis]]
         found = [(c[axis] / exact[axis], _height(c, name)) for c in cells]
         points = sorted(((x, y) for x, y in found if y is not None), key=lambda point: point[0])
         if points:
             x, y = [x for x, _ in points], [y["mean"] for _, y in points]
             spans = [[y["mean"] - y["low"] for _, y in points], [y["high"] - y["mean"] for _, y in points]]
             style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1}
-            axes.errorbar(x, y, yerr=spans, elinewidth=0.5, label=METHODS[method].title, **style)
+            title = f"{pair}: {METHODS[method].title}" if pair else METHODS[method].title
+            axes.errorbar(x, y, yerr=spans, elinewidth=0.5, label=title, **style)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
@@ -85,6 +87,16 @@ def _lines(axes: Any, results: Results, n: int, axis: str, name: str | None) -> 
         axes.set_ylim(-0.05, 1.05)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=7)
+
+
+def _styles(results: Results) -> dict[tuple[str | None, str], tuple[str, str, str]]:
+    """Color, marker and line of every method, of other pairs in colors of their own."""
+    pairs: list[str] = results["settings"].get("beside", [])
+    styles: dict[tuple[str | None, str], tuple[str, str, str]] = {(None, m): s for m, s in STYLES.items()}
+    for i, pair in enumerate(pairs):
+        color = OTHERS[i % len(OTHERS)]
+        styles |= {(pair, m): (color, marker, line) for m, (_, marker, line) in STYLES.items()}
+    return styles
 
 
 def _height(cell: Cell, name: str | None) -> dict[str, float] | None:

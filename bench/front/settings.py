@@ -23,6 +23,7 @@ class FrontSettings:
         questions: recall questions of each kind at each depth; 0 leaves recall out.
         trials: timed first tokens of each cell.
         seed: of questions, random prompts and bootstraps.
+        beside: names of other pairs of the same base, whose predictions and dials are further lines.
 
     Raises:
         ValueError: naming what was given and what was expected.
@@ -36,6 +37,7 @@ class FrontSettings:
     questions: int = 10
     trials: int = 5
     seed: int = 0
+    beside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_list("prompt_lens", self.prompt_lens, 2, whole=True)

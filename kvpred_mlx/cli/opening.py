@@ -150,6 +150,30 @@ def open_for_measuring(
     return opened
 
 
+def beside_another(model: str, opened: OpenedPair) -> KVPredictionModel:
+    """Another pair on the base that `opened` has already.
+
+    Raises:
+        FileNotFoundError: no such pair.
+        ValueError: it is of another base.
+    """
+    import mlx.core as mx
+
+    from kvpred_mlx.pair.description import norms_checksum
+    from kvpred_mlx.pair.loading import load_model
+    from kvpred_mlx.pair.model import KVPredictionModel
+
+    linked = opened.pair.parts.by_role.get("base")
+    base = None if linked is None else str(linked.path)
+    other = load_model(locate(model)[1], lazy=True, base=base)  # its own base is never read
+    if base is None and norms_checksum(other.base) != norms_checksum(opened.pair.base):
+        raise ValueError(f"{model}: of another base than {opened.name}")
+    auxiliary = None if other.auxiliary is None else other.auxiliary_taps
+    made = KVPredictionModel(opened.pair.base_taps, auxiliary, other.predictor, other.min_prompt_tokens)
+    mx.eval(made.parameters())
+    return made
+
+
 def use_default_template(tokenizer: TokenizerWrapper) -> None:
     """mlx-lm's `--use-default-chat-template`: that of the tokenizer's class, if it has no other and there is one."""
     default = getattr(tokenizer, "default_chat_template", None)

@@ -12,7 +12,7 @@ import typer
 from kvpred_mlx.cli import making
 from kvpred_mlx.cli import options as o
 from kvpred_mlx.cli.bench import NEEDED
-from kvpred_mlx.cli.opening import OtherModels, one_pair, open_for_measuring
+from kvpred_mlx.cli.opening import OtherModels, beside_another, locate, one_pair, open_for_measuring
 from kvpred_mlx.cli.values import check_installed, set_device
 from kvpred_mlx.console import numbers, progress_bar
 
@@ -34,6 +34,12 @@ def pareto(
         list[str] | None, typer.Option(help="Methods, by name; 'list' shows them. Default: all.")
     ] = None,
     budgets: Annotated[list[str] | None, typer.Option(help="Shares of the prompt, 0.05,0.1,0.2,0.4.")] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other pairs of the same base, as further lines: predictions and dials; repeatable."
+        ),
+    ] = None,
     windows: o.Windows = 160,
     score_tokens: o.ScoreTokens = 64,
     questions: Annotated[
@@ -73,16 +79,20 @@ def pareto(
     from kvpred_mlx.bench.front.settings import FrontSettings
     from kvpred_mlx.files import kept_if_filled
 
-    settings = FrontSettings(lengths, names, shares, windows, score_tokens, questions, trials, seed)
+    others = {place: locate(place)[1].name for place in dict.fromkeys(beside or [])}
+    settings = FrontSettings(
+        lengths, names, shares, windows, score_tokens, questions, trials, seed, [*others.values()]
+    )
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
     documents = [] if data is None else making.read_held_out(data, text_key, all_documents)
     opened = open_for_measuring(
         model, preset, dtype, settings.seed, others=OtherModels(base, auxiliary, force)
     )
+    further = {others[place]: beside_another(place, opened) for place in others}
     held_out = _encode(opened, documents) if documents else None
     if dequantize:
-        making.dequantize(opened.pair)
+        making.dequantize(opened.pair, *further.values())
     with kept_if_filled(output_dir):
         results: Results = {}
 
@@ -92,7 +102,8 @@ def pareto(
 
         try:
             with progress_bar("counting FLOPs") as progress:
-                run(opened.pair, opened.short_name, settings, held_out, before, progress, finished)
+                name = opened.short_name
+                run(opened.pair, name, settings, held_out, before, progress, finished, further)
         finally:
             if results:
                 write(output_dir, results, plot=not no_plot)
