@@ -142,7 +142,7 @@ class Study:
     def closed_forms(self, counts: Sequence[int]) -> None:
         """Fit on growing numbers of windows, and score each."""
         missing = [
-            c for c in counts if not all(self._has(k, f"closed form, {c} windows") for k in self._depths)
+            c for c in counts if any(self._unscored(k, f"closed form, {c} windows") for k in self._depths)
         ]
         train = self._recordings["train"]
         counts = [min(c, len(train)) for c in missing]
@@ -226,19 +226,28 @@ class Study:
         self.results["seconds"].setdefault(f"recording {name}", time.perf_counter() - began)
         self._save()
 
-    def _has(self, depth: int, way: str) -> bool:
-        return any(row["depth"] == depth and row["way"] == way for row in self.results["rows"])
+    def _row(self, depth: int, way: str) -> dict[str, Any]:
+        """What is known of maps; nothing if they were not scored yet."""
+        found = (row for row in self.results["rows"] if row["depth"] == depth and row["way"] == way)
+        return next(found, {})
+
+    def _unscored(self, depth: int, way: str) -> list[str]:
+        """The recordings that maps have not been scored on."""
+        row = self._row(depth, way)
+        return [name for name in self._recordings if name != "train" and name not in row]
 
     def _score(
         self, pair: KVPredictionModel, depth: int, way: str, tokens: int, seconds: float = 0.0
     ) -> None:
-        row: dict[str, Any] = {"depth": depth, "way": way, "tokens": tokens, "seconds": seconds}
-        for name, recording in self._recordings.items():
-            if name == "train":
-                continue
-            scores = score(pair, recording, depth)
-            row[name] = _figures(recording, scores, name.startswith("recall"))
-        self.results["rows"].append(row)
+        row = self._row(depth, way)
+        found = {}
+        for name in self._unscored(depth, way):
+            scores = score(pair, self._recordings[name], depth)
+            found[name] = _figures(self._recordings[name], scores, name.startswith("recall"))
+        if not row:
+            row = {"depth": depth, "way": way, "tokens": tokens, "seconds": seconds}
+            self.results["rows"].append(row)
+        row.update(found)
         self._save()
         print(json.dumps(row), flush=True)
 
