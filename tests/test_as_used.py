@@ -15,6 +15,7 @@ from pairs import make_first_layers_pair, make_pair, tokens
 
 from kvpred_mlx.making.as_used import AsUsedLoss, AsUsedWeights, as_used_trainer, divergence
 from kvpred_mlx.making.fresh_windows import FreshWindows
+from kvpred_mlx.making.in_turn import InTurn
 from kvpred_mlx.making.recording import FACTS, Recording, record
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.windows import Windows
@@ -81,6 +82,18 @@ def test_training_on_fresh_windows(pair, tmp_path):
     losses = []
     fresh = FreshWindows(pair, windows())
     as_used_trainer(pair, fresh, replace(SETTINGS, iters=12)).run(lambda report: losses.append(report.loss))
+    assert losses[-1] < losses[0]
+
+
+def test_windows_of_several_lengths_take_turns(pair, tmp_path):
+    short, long = (FreshWindows(pair, windows(prompt=n)) for n in (20, 40))
+    both = InTurn([short, long])
+    assert both.checksum() not in (short.checksum(), long.checksum(), InTurn([long, short]).checksum())
+    assert both.tokens_per_row == 38
+    for index, (part, turn) in enumerate([(short, 0), (long, 0), (short, 1), (long, 1)]):
+        assert mx.array_equal(both.batch(index, 2, 3)["kv"], part.batch(turn, 2, 3)["kv"])
+    losses = []
+    as_used_trainer(pair, both, replace(SETTINGS, iters=12)).run(lambda report: losses.append(report.loss))
     assert losses[-1] < losses[0]
 
 

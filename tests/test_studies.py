@@ -208,24 +208,29 @@ def text(tmp_path):
 def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     """The recipe on tiny models: every step once, and linked pairs that are loaded beside any copy of the base."""
     from test_making import write_model
+    from test_requests import CONVERSATION, DOCUMENTED
 
-    from kvpred_mlx.bench.recipe import real_pairs
+    from kvpred_mlx.bench.recipe import real_steps
 
-    monkeypatch.setattr(real_pairs, "MEASURED", (96, 192))
+    monkeypatch.setattr(real_steps, "MEASURED", (96, 192))
     write_model(text / "base", "qwen3", demo_pair[1])
     write_model(text / "auxiliary", "qwen3", demo_pair[1])
+    (text / "base" / "chat_template.jinja").write_text(CONVERSATION)
+    (text / "train" / "asked.py").write_text(DOCUMENTED)
     how = {"--depths": "1,2", "--auxiliary": text / "auxiliary"}[reads]
     names = ["tiny-1", "tiny-2"] if reads == "--depths" else ["tiny"]
     command_line = [
         "--base", text / "base", "--data", text / "train", "--held-out", text / "held", "--folder", text / "out",
         reads, how, "--name", "tiny", "--links", "somebody/base,somebody/auxiliary", "--tokens", 4096,
-        "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", 2, 1,
+        "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", 2, 1, "--prompt-lens", "33,80",
+        "--requests", 2, *(["--joint-iters", 2] if reads == "--auxiliary" else []),
     ]  # fmt: skip
     code, _, err = run("recipe.real_pairs", *command_line)
     assert code == 0, err
+    assert len((text / "out" / "requests.jsonl").read_text().splitlines()) == 2
+    recorded = {path.name for path in (text / "out").glob("recorded-*")}
+    assert recorded == ({"recorded-33", "recorded-80"} if windows else set())
     others = {"base": str(text / "base")}
-    if reads == "--auxiliary":
-        others["auxiliary"] = str(text / "auxiliary")
     before = {}
     for name in names:
         folder = text / "out" / name
@@ -251,8 +256,10 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
         "--q-bits",
         "expected one of 2, 3",
     )
+    if reads == "--depths":
+        fails(run("recipe.real_pairs", *command_line, "--joint-iters", 1), 2, "real_pairs", "--joint-iters")
     short = [*command_line[:5], text / "train" / "0.py", "--folder", text / "new", *command_line[8:]]
-    monkeypatch.setattr(real_pairs, "MEASURED", (96, 10**6))
+    monkeypatch.setattr(real_steps, "MEASURED", (96, 10**6))
     fails(run("recipe.real_pairs", *short), 1, "real_pairs", "expected at least 1000064")
     assert not (text / "new" / "fitted.safetensors").exists()
 
@@ -307,7 +314,8 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     assert code == 0, err
     found = json.loads((text / "out" / "forms-2-5.json").read_text())["forms"]
     assert list(found) == [
-        "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention", "gated MLP, 8 wide"
+        "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention",
+        "joined with 1, weighted by attention", "gated MLP, 8 wide",
     ]  # fmt: skip
     zero = found["rank 64"]["over linear"]["agreement"]
     assert (
@@ -320,4 +328,16 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     found = json.loads((text / "out" / "forms-small-5.json").read_text())["forms"]
     assert [name for name in found if name.startswith("joined")] == [
         f"joined with {k}" for k in ("1", "2", "1, 2")
-    ]
+    ] + ["joined with 1, 2, weighted by attention"]
+    more = ["--depth", 1, "--kinds", "joined,joined-attention", "--joined", 0]
+    code, _, err = run("studies.predictor_forms", *both[:4], "--auxiliary", text / "small", *more)
+    assert code == 0, err
+    found = json.loads((text / "out" / "forms-1-small-5.json").read_text())["forms"]
+    assert list(found) == ["linear", "joined with 0", "joined with 0, weighted by attention"]
+    alone = ["--depth", 1, "--kinds", "rank", "--joined", 0, "--ranks", 4]
+    code, _, err = run("studies.predictor_forms", *both[:4], *alone)
+    assert code == 0, err
+    one = json.loads((text / "out" / "forms-1-5.json").read_text())["forms"]["linear"]["itself"]
+    assert found["linear"]["itself"]["divergence"]["mean"] == pytest.approx(
+        one["divergence"]["mean"], rel=0.05
+    )  # the same maps, but for ridges chosen part by part

@@ -60,7 +60,9 @@ def humaneval_markdown(results: dict[str, Any]) -> str:
 
 
 def flops(results: dict[str, Any], row: dict[str, Any]) -> float:
-    """The share of a full prefill's FLOPs until the first token, from that of the depth and of the last tokens."""
+    """The share of a full prefill's FLOPs until the first token: as counted, or from that of depth and last tokens."""
+    if "share" in row:
+        return float(row["share"])
     if row["layers"] is None:
         return 1.0 if row["predictor"] == "exact" else float(results["half_billion_share"])
     last = float(row["mode"].partition("=")[2] or 0)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.making.fresh_windows import FreshWindows
+from kvpred_mlx.making.in_turn import InTurn
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.loss import check_weights
 from kvpred_mlx.making.recording import Batch, Layout, Recording
@@ -27,6 +28,7 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
 
 SMALLEST = 1e-9  # probability
+AnswerWindows = Recording | FreshWindows | InTurn
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class AsUsedLoss:
 
     def __init__(
         self,
-        recording: Recording | FreshWindows,
+        recording: AnswerWindows,
         weights: AsUsedWeights | None = None,
         depth: int | None = None,
     ):
@@ -123,7 +125,7 @@ def divergence(logits: mx.array, top_ids: mx.array, top_logprobs: mx.array) -> m
 
 def as_used_trainer(
     pair: KVPredictionModel,
-    recording: Recording | FreshWindows,
+    recording: AnswerWindows,
     settings: TrainingSettings,
     weights: AsUsedWeights | None = None,
     state_folder: Path | None = None,
