@@ -262,7 +262,7 @@ def tables(results: dict[str, Any]) -> list[str]:
     heads = [f"{name.replace('-', ' ')}: {m.replace('_', ' ')}" for name in held for m in _shown(name)]
     lines = ["| layers | maps | tokens | " + " | ".join(heads) + " |", "| --- " * (3 + len(heads)) + "|"]
     for row in sorted(rows, key=lambda row: row["depth"]):
-        cells = [_cell(row[name][m]) for name in held for m in _shown(name)]
+        cells = [_cell(row[name][m]) if name in row else "" for name in held for m in _shown(name)]
         lines.append(f"| {row['depth']} | {row['way']} | {row['tokens']:,} | " + " | ".join(cells) + " |")
     found = [f"Base: {results['base'].rpartition('/')[2]}.", "\n".join(lines)]
     if "times" in results:
