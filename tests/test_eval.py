@@ -19,7 +19,7 @@ from pairs import make_first_layers_pair
 from processes import command
 from test_making import write_model
 
-from kvpred_mlx.bench.common.flops import ttft_flops
+from kvpred_mlx.bench.common.flops import full_prefill_flops, ttft_flops
 from kvpred_mlx.bench.evaluate import batches, candidate, report, sandbox, tasks
 from kvpred_mlx.bench.evaluate import run as run_module
 from kvpred_mlx.bench.evaluate.journal import Journal
@@ -461,6 +461,15 @@ def test_batches_go_on_where_they_stopped(demo_pair, tmp_path, monkeypatch):
     assert results["complete"] and [row["items"] for row in results["rows"]] == [8, 8]
 
 
+def test_flops_of_prompts_that_sparse_prefill_reads_exactly(demo_pair, monkeypatch):
+    pair = demo_pair[0]
+    monkeypatch.setattr(pair, "min_prompt_tokens", 40)
+    lengths = [1, 2, 3, 40]
+    exact = [full_prefill_flops(pair.base, n) for n in lengths]
+    assert [mean_flops(pair, "sparse-top=0.2", [n]) for n in lengths] == exact
+    assert mean_flops(pair, "sparse-top=0.2", [200]) < full_prefill_flops(pair.base, 200)
+
+
 def test_sparse_prefill_is_of_own_tasks_alone(demo_pair, tmp_path):
     settings = EvaluationSettings(tasks=["gsm8k"], modes=["sparse-top=0.2"])
     with pytest.raises(ValueError, match=r"'sparse-top=0.2', expected another one for tasks of lm-eval"):
@@ -645,7 +654,8 @@ def test_an_answer_s_length_cuts_no_context(demo_pair, monkeypatch):
         (["--tasks", "triviaqa,,"], ["--tasks"]),
         (["--modes", "fast"], ["--modes", "'fast'", "exact-last"]),
         (["--modes", "sparse-top=2"], ["--modes", "'sparse-top=2'", "sparse-top=0.2"]),
-        (["--modes", "sparse-last=4"], ["--modes", "'sparse-last=4'", "a share of the prompt to choose"]),
+        (["--modes", "sparse-last=4"], ["--modes", "'sparse-last=4'", "a share to choose"]),
+        (["--modes", "exact-last=4+sparse-top=0.2"], ["--modes", "exact-last=4", "a share to choose"]),
         (["--num-samples", "5"], ["--num-samples", "0, or 10"]),
         (["--data", "no.jsonl"], ["--data", "no.jsonl: no such file"]),
         (["--data", f"gsm8k={FILES['triviaqa']}"], ["--data", "no such file"]),

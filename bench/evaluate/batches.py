@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.bench.evaluate import tasks
-from kvpred_mlx.bench.evaluate.modes import SparseModel
+from kvpred_mlx.bench.evaluate.modes import SparseModel, begun
 from kvpred_mlx.pair.model import KVPredictionModel
 
 Sampler = Callable[[mx.array], mx.array]
@@ -74,10 +74,11 @@ def answer_all(
     try:
         while waiting or rows:
             if joining := _next_to_read(model, waiting, batch_size - len(rows)):
-                sparse = isinstance(model, SparseModel)
+                starts = [begun(model, a.prompt) for a in joining]
+                caches: list[Any] = [cache for _, _, cache in starts]
                 uids = batch.insert(
-                    [a.prompt[-1:] if sparse else a.prompt for a in joining],
-                    caches=[model.read(a.prompt) for a in joining] if sparse else None,
+                    [rest for _, rest, _ in starts],
+                    caches=caches,
                     max_tokens=[a.room for a in joining],
                     samplers=[a.draw or greedy for a in joining],
                 )

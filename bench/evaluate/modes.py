@@ -8,7 +8,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from kvpred_mlx.bench.common.sparse import attended, check_windows, drop_all_but, make_sparse_cache
+from kvpred_mlx.bench.common.flops import full_prefill_flops
+from kvpred_mlx.bench.common.sparse import (
+    attended,
+    check_windows,
+    drop_all_but,
+    make_sparse_cache,
+    sparse_flops,
+)
 from kvpred_mlx.dial.positions import ExactPositions
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
@@ -45,15 +52,32 @@ class SparseModel:
         """The model that answers."""
         return self.pair.base
 
+    def reads_sparsely(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is; one that a pair would not predict is read exactly."""
+        return prompt_tokens - 1 >= max(2, self.pair.min_prompt_tokens)
+
     def read(self, prompt: list[int]) -> list[Any]:
-        """The base's cache of all of `prompt` but its last token; a prompt that is not predicted is read exactly."""
+        """The base's cache of all of `prompt` but its last token."""
         tokens = mx.array(prompt)[None]
-        if len(prompt) - 1 >= max(2, self.pair.min_prompt_tokens):
+        if self.reads_sparsely(len(prompt)):
             return drop_all_but(self.pair, attended(self.pair, self.positions))(tokens)[1]
         cache = make_sparse_cache(self.base)
         if len(prompt) > 1:
             self.base(tokens[:, :-1], cache=cache)
         return cache
+
+    def flops(self, prompt_tokens: int) -> int:
+        """FLOPs until the first token behind a prompt."""
+        if self.reads_sparsely(prompt_tokens):
+            return sparse_flops(self.pair, prompt_tokens, self.positions)
+        return full_prefill_flops(self.base, prompt_tokens)
+
+
+def begun(model: nn.Module | SparseModel, prompt: list[int]) -> tuple[nn.Module, list[int], list[Any] | None]:
+    """Who goes on, with which tokens of `prompt`, and from which cache (None: from its own, empty)."""
+    if isinstance(model, SparseModel):
+        return model.base, prompt[-1:], model.read(prompt)
+    return model, prompt, None
 
 
 def parse(name: str) -> Mode | Sparse | None:
@@ -64,12 +88,16 @@ def parse(name: str) -> Mode | Sparse | None:
     """
     if name == AUXILIARY:
         return None
-    if not name.startswith(SPARSE):
+    parts = name.split("+")
+    if not any(part.startswith(SPARSE) for part in parts):
         return Mode.parse(name)
+    expected = f"mode {name!r}, expected a share to choose, sparse-top=0.2, and beside it sparse-first and sparse-last"
+    if not all(part.startswith(SPARSE) for part in parts):
+        raise ValueError(expected)
     try:
         positions = Mode.parse(name.replace(SPARSE, "exact-")).positions
     except ValueError as error:
-        raise ValueError(f"mode {name!r}, expected sparse-top=0.2 or the like: {error}") from error
+        raise ValueError(expected) from error
     if not positions or not positions.top or positions.depth:
-        raise ValueError(f"mode {name!r}, expected a share of the prompt to choose, sparse-top=0.2")
+        raise ValueError(expected)
     return Sparse(positions)

@@ -21,7 +21,7 @@ from kvpred_mlx.bench.common.results import Results, begin
 from kvpred_mlx.bench.evaluate import tasks
 from kvpred_mlx.bench.evaluate.batches import Asked, Sampler, answer_all, seeded
 from kvpred_mlx.bench.evaluate.journal import Journal, Record
-from kvpred_mlx.bench.evaluate.modes import Sparse, SparseModel, parse
+from kvpred_mlx.bench.evaluate.modes import Sparse, SparseModel, begun, parse
 from kvpred_mlx.bench.evaluate.scores import summarize
 from kvpred_mlx.bench.evaluate.settings import EvaluationSettings
 from kvpred_mlx.bench.evaluate.tasks import HUMANEVAL, PASS_K, TASKS, TRIVIAQA, Task
@@ -209,11 +209,10 @@ class Evaluation:
     ) -> tuple[str, float]:
         """An answer up to its stop, and the seconds until its first token."""
         text, ttft, room, started = "", 0.0, self._room(task, prompt), time.perf_counter()
-        given, options = prompt, {"sampler": sampler}
-        if isinstance(model, SparseModel):
-            given, options["prompt_cache"], model = prompt[-1:], model.read(prompt), model.base
+        answering, rest, cache = begun(model, prompt)
+        options = {"sampler": sampler} | ({} if cache is None else {"prompt_cache": cache})
         read = time.perf_counter() - started
-        for n, response in enumerate(stream_generate(model, self.tokenizer, given, room, **options)):
+        for n, response in enumerate(stream_generate(answering, self.tokenizer, rest, room, **options)):
             if n == 0 and response.finish_reason != "stop":
                 text = tasks.beginning(self.tokenizer, prompt, response.token)
             text, ttft = text + response.text, read + response.ttft

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from kvpred_mlx.bench.common.flops import TTFT, ttft_flops
-from kvpred_mlx.bench.common.sparse import sparse_flops
 from kvpred_mlx.bench.common.statistics import share
 from kvpred_mlx.bench.evaluate.journal import Record
-from kvpred_mlx.bench.evaluate.modes import AUXILIARY, Sparse, parse
+from kvpred_mlx.bench.evaluate.modes import AUXILIARY, Sparse, SparseModel, parse
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.modes import Mode
 
@@ -93,7 +92,7 @@ def _flops(
 ) -> int:
     parsed = parse(mode)
     if isinstance(parsed, Sparse):
-        return sparse_flops(pair, prompt_tokens, parsed.positions)
+        return SparseModel(pair, parsed.positions).flops(prompt_tokens)
     dial = mode if mode not in (AUXILIARY, "exact") else "predicted"
     if (dial, prompt_tokens) not in counted:
         with Mode.parse(dial).applied(pair):
