@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -197,6 +198,9 @@ def test_other_pairs_are_further_lines(demo_pair, data, tmp_path):
     assert "| own: dial-last 0.1 |" in pareto_report.markdown(found)
     again = pareto(demo_pair[0], "pycode", settings, data, found, beside={"own": other})
     assert again["cells"] == found["cells"]
+    with pytest.raises(ValueError, match="the beside of the results there and now differ: own"):
+        another = make_first_layers_pair(demo_pair[0].base, [1])
+        pareto(demo_pair[0], "pycode", settings, data, found, beside={"own": another})
     assert len(_styles(found)) == 2 * len(STYLES)
 
 
@@ -219,6 +223,12 @@ def test_other_pairs_by_name(run, tmp_path, demo_pair):
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     assert [label(c) for c in cells] == ["exact", "predicted", "two: predicted"]
     assert (tmp_path / "out" / "pareto.png").exists()
+    (tmp_path / "sub").mkdir()
+    shutil.copytree(tmp_path / "two", tmp_path / "sub" / "two")
+    for others in (["two", "sub/two"], ["two", "two"], ["one"]):
+        given = [x for name in others for x in ("--beside", tmp_path / name)]
+        fails(run(*command, *given, "--output-dir", tmp_path / "x"), 2, "--beside")
+    fails(run(*command, "--beside", "", "--output-dir", tmp_path / "x"), 2, "--beside", "expected a pair")
     fails(run(*command, "--beside", tmp_path / "strange", "--output-dir", tmp_path / "x"), 1, "strange")
     fails(run(*command, "--beside", tmp_path / "none", "--output-dir", tmp_path / "x"), 1, "none")
 

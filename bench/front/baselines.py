@@ -45,6 +45,7 @@ class Method:
         budgets: whether the budget means anything.
         needs: what the pair's families must be able to do: `top` (choose tokens), `rows` (compute tokens
             anywhere), `drop` (leave some out).
+        dial: whether it is the pair's own prediction at a setting of its dial, a line of every pair.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Method:
     flops: Callable[[KVPredictionModel, int, float], int]
     budgets: bool = True
     needs: tuple[str, ...] = ()
+    dial: bool = False
 
 
 def dialled(pair: KVPredictionModel, dial: ExactPositions | None) -> Prefill:
@@ -93,7 +95,7 @@ def _dial(title: str, dial: Callable[[float], ExactPositions]) -> Method:
     return Method(
         title, lambda pair, budget: dialled(pair, dial(budget)),
         lambda pair, n, budget: dial_flops(pair, dial(budget), n),
-        needs=("top",) if dial(0.5).top else (),
+        needs=("top",) if dial(0.5).top else (), dial=True,
     )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ METHODS: dict[str, Method] = {
     ),
     "predicted": Method(
         "KV prediction", lambda pair, budget: dialled(pair, None),
-        lambda pair, n, budget: dial_flops(pair, ExactPositions(), n), budgets=False,
+        lambda pair, n, budget: dial_flops(pair, ExactPositions(), n), budgets=False, dial=True,
     ),
     "auxiliary": Method(
         "auxiliary alone", lambda pair, budget: prefill_of(pair.auxiliary_model),

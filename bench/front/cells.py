@@ -25,7 +25,7 @@ def make_cells(
 ) -> list[Cell]:
     """Every cell, its FLOPs counted and nothing measured; `skipped` says why the pair cannot do one."""
     names = ["exact", *(m for m in settings.methods if m != "exact")]
-    dials = [m for m in names if m == "predicted" or m.startswith("dial-")]
+    dials = [m for m in names if METHODS[m].dial]
     lines: list[tuple[str | None, KVPredictionModel, list[str]]] = [(None, pair, names)]
     lines += [(other, beside[other], dials) for other in settings.beside]
     reasons = [usable(of, methods) for _, of, methods in lines]
@@ -58,7 +58,7 @@ def _cell(pair: KVPredictionModel, n: int, method: str, budget: float | None, re
 def label(cell: Cell) -> str:
     """`dial-last 0.1`, or `exact`; with the name of its pair before, if that is another one."""
     name = cell["method"] if cell["budget"] is None else f"{cell['method']} {cell['budget']:g}"
-    return f"{cell['pair']}: {name}" if cell.get("pair") else name
+    return name if cell.get("pair") is None else f"{cell['pair']}: {name}"
 
 
 def figure(cell: Cell, name: str) -> dict[str, float] | None:

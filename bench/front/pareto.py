@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from kvpred_mlx.bench.common import machine
 from kvpred_mlx.bench.common.pairs import describe_pair
@@ -75,6 +78,7 @@ def pareto(
         data=None if data is None else data.describe(windows),
         warnings=machine.warnings(machine.busy_share()),
         cells=make_cells(pair, settings, beside or {}),
+        beside={called: maps_checksum(other) for called, other in (beside or {}).items()},
     )
     if before is not None:
         _check_same(before, results)
@@ -89,11 +93,6 @@ def pareto(
     results["complete"] = True
     finished(results)
     return results
-
-
-def prefill_of(pairs: Mapping[str | None, KVPredictionModel], cell: Cell) -> Prefill:
-    """How a cell reads a prompt."""
-    return METHODS[cell["method"]].prefill(pairs[cell.get("pair")], cell["budget"] or 0.0)
 
 
 def first_token_seconds(prefill: Prefill, tokens: mx.array) -> float:
@@ -128,7 +127,7 @@ class _Front:
             found = quality.measure(
                 pair,
                 windows,
-                ends | {label(c): prefill_of(self.pairs, c) for c in cells},
+                ends | {label(c): self._prefill(c) for c in cells},
                 over=OVER if any(label(c) == OVER for c in cells) else None,
                 seed=self.settings.seed,
                 progress=self._telling(f"{n} tokens: text"),
@@ -160,7 +159,7 @@ class _Front:
                 self._warn(f"no recall at {n} tokens: {error}")
                 return
         for cell in missing:
-            prefill = prefill_of(self.pairs, cell)
+            prefill = self._prefill(cell)
             telling = self._telling(f"{n} tokens: recall, {label(cell)}")
             cell["recall"] = recall_score.summary(
                 asked, recall_score.recalled(prefill, asked, progress=telling)
@@ -182,7 +181,7 @@ class _Front:
         tokens = mx.random.randint(
             0, self.pairs[None].vocab_size, (1, n), key=mx.random.key(self.settings.seed)
         )
-        made = {label(c): prefill_of(self.pairs, c) for c in timed}
+        made = {label(c): self._prefill(c) for c in timed}
         seconds: dict[str, list[float]] = {name: [] for name in made}
         for trial in range(rounds):
             for i, (name, prefill) in enumerate(made.items()):
@@ -196,6 +195,10 @@ class _Front:
             cell["sooner"] = paired_ratio(seconds["exact"], cell["trials"], self.settings.seed).as_dict()
         self.finished(self.results)
 
+    def _prefill(self, cell: Cell) -> Prefill:
+        """How a cell reads a prompt."""
+        return METHODS[cell["method"]].prefill(self.pairs[cell.get("pair")], cell["budget"] or 0.0)
+
     def _cells(self, n: int) -> list[Cell]:
         return [c for c in self.results["cells"] if c["prompt_tokens"] == n and c["skipped"] is None]
 
@@ -208,6 +211,12 @@ class _Front:
         warnings += [note] if note not in warnings else []
 
 
+def maps_checksum(pair: KVPredictionModel) -> int:
+    """Of a pair's maps, to tell it from another one of its name."""
+    arrays: Any = dict(tree_flatten(pair.predictor.parameters())).values()
+    return crc32(b"".join(np.array(a.astype(mx.float32)).tobytes() for a in arrays))
+
+
 def _check_lengths(pair: KVPredictionModel, prompt_lens: Sequence[int]) -> None:
     short = [n for n in prompt_lens if n <= pair.min_prompt_tokens]
     if short:
@@ -218,8 +227,9 @@ def _check_lengths(pair: KVPredictionModel, prompt_lens: Sequence[int]) -> None:
 
 
 def _check_same(before: Results, now: Results) -> None:
-    for part in ("pair", "settings", "data"):
-        then, here = before[part] or {}, now[part] or {}
+    for part in ("pair", "settings", "data", "beside"):
+        then, here = before.get(part) or {}, now[part] or {}
+        then = {"beside": []} | then if part == "settings" else then  # an older run had none
         if differ := changes(then, here):
             raise ValueError(f"the {part} of the results there and now differ: {', '.join(differ)}")
 

@@ -76,7 +76,7 @@ def _lines(axes: Any, results: Results, n: int, axis: str, name: str | None) -> 
             x, y = [x for x, _ in points], [y["mean"] for _, y in points]
             spans = [[y["mean"] - y["low"] for _, y in points], [y["high"] - y["mean"] for _, y in points]]
             style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1}
-            title = f"{pair}: {METHODS[method].title}" if pair else METHODS[method].title
+            title = METHODS[method].title if pair is None else f"{pair}: {METHODS[method].title}"
             axes.errorbar(x, y, yerr=spans, elinewidth=0.5, label=title, **style)
     axes.set_xscale("log")
     axes.minorticks_off()

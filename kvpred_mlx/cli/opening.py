@@ -150,7 +150,7 @@ def open_for_measuring(
     return opened
 
 
-def beside_another(model: str, opened: OpenedPair) -> KVPredictionModel:
+def beside_another(model: str, opened: OpenedPair, dtype: str | None = None) -> KVPredictionModel:
     """Another pair on the base that `opened` has already.
 
     Raises:
@@ -170,6 +170,8 @@ def beside_another(model: str, opened: OpenedPair) -> KVPredictionModel:
         raise ValueError(f"{model}: of another base than {opened.name}")
     auxiliary = None if other.auxiliary is None else other.auxiliary_taps
     made = KVPredictionModel(opened.pair.base_taps, auxiliary, other.predictor, other.min_prompt_tokens)
+    if dtype is not None:
+        made.set_dtype(getattr(mx, dtype))
     mx.eval(made.parameters())
     return made
 

@@ -79,9 +79,9 @@ def pareto(
     from kvpred_mlx.bench.front.settings import FrontSettings
     from kvpred_mlx.files import kept_if_filled
 
-    others = {place: locate(place)[1].name for place in dict.fromkeys(beside or [])}
+    others = _names(beside or [], model)
     settings = FrontSettings(
-        lengths, names, shares, windows, score_tokens, questions, trials, seed, [*others.values()]
+        lengths, names, shares, windows, score_tokens, questions, trials, seed, [*others]
     )
     there = output_dir / "results.json"
     before = read(there) if there.exists() else None
@@ -89,7 +89,7 @@ def pareto(
     opened = open_for_measuring(
         model, preset, dtype, settings.seed, others=OtherModels(base, auxiliary, force)
     )
-    further = {others[place]: beside_another(place, opened) for place in others}
+    further = {name: beside_another(place, opened, dtype) for name, place in others.items()}
     held_out = _encode(opened, documents) if documents else None
     if dequantize:
         making.dequantize(opened.pair, *further.values())
@@ -125,6 +125,28 @@ def _methods(given: list[str] | None) -> list[str] | None:
             f"{', '.join(map(repr, unknown))}, expected some of {', '.join(METHODS)}", param_hint="--methods"
         )
     return list(dict.fromkeys(names))
+
+
+def _names(beside: list[str], model: str | None) -> dict[str, str]:
+    """The places of other pairs than `model` by what results call them, the names of their folders."""
+    found: dict[str, str] = {}
+    own = locate(model)[1].resolve() if beside else None
+    for place in beside:
+        if not place:
+            raise typer.BadParameter("'', expected a pair", param_hint="--beside")
+        path = locate(place)[1].resolve()
+        if path == own:
+            raise typer.BadParameter(
+                f"{place!r} is --model itself, expected another pair", param_hint="--beside"
+            )
+        name = path.name
+        if name in found:
+            raise typer.BadParameter(
+                f"{place!r} and {found[name]!r}, expected pairs whose folders have different names",
+                param_hint="--beside",
+            )
+        found[name] = place
+    return found
 
 
 def _shares(given: list[str]) -> list[float]:
