@@ -63,16 +63,18 @@ def test_the_base_answers_what_is_not_answered_yet(tmp_path, demo_pair):
         "it", demo_pair[0].base, {}, load_tokenizer(DEMO_PAIR, {"chat_template": CONVERSATION})
     )
     out, told = tmp_path / "requests.jsonl", []
-    write_conversations(base, [DOCUMENTED], out, 1)
+    asked = requests([DOCUMENTED], 3)
+    assert asked[:1] == requests([DOCUMENTED], 1)
+    write_conversations(base, asked[:1], out)
     first = out.read_text()
-    write_conversations(base, [DOCUMENTED], out, 3, lambda *now: told.append(now[:2]))
+    out.write_text(first + first[:40])  # cut off in the middle of a line
+    write_conversations(base, asked, out, lambda *now: told.append(now[:2]))
     lines = out.read_text().splitlines()
     assert out.read_text().startswith(first) and len(lines) == 3 and told == [(1, 3), (3, 3)]
-    for line, text in zip(lines, requests([DOCUMENTED], 3), strict=True):
+    for line, text in zip(lines, asked, strict=True):
         question, answer = json.loads(line)["messages"]
         assert question == {"role": "user", "content": text}
         assert answer["role"] == "assistant" and answer["content"]
-    write_conversations(base, [], out, 2)  # all there
     plain = LoadedModel("it", demo_pair[0].base, {}, load_tokenizer(DEMO_PAIR))
     with pytest.raises(ValueError, match="it: no chat template"):
-        write_conversations(plain, [DOCUMENTED], tmp_path / "new.jsonl", 1)
+        write_conversations(plain, asked, tmp_path / "new.jsonl")

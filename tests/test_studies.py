@@ -264,6 +264,37 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     assert not (text / "new" / "fitted.safetensors").exists()
 
 
+def test_a_recipe_goes_on_with_what_it_was_begun_with(tmp_path):
+    """What an older recipe did not ask for is not noted, and may be anything."""
+    from kvpred_mlx.bench.recipe.real_pairs import check_same, note
+
+    check_same(tmp_path / "out", {"tokens": 1})
+    assert not (tmp_path / "out").exists()
+    note(tmp_path / "out", {"tokens": 1})
+    check_same(tmp_path / "out", {"tokens": 1, "requests": 0})
+    note(tmp_path / "out", {"requests": None})
+    for given in ({"tokens": 2}, {"tokens": 1, "requests": 3}):
+        with pytest.raises(ValueError, match="was begun with"):
+            check_same(tmp_path / "out", given)
+
+
+@pytest.mark.slow
+def test_what_a_recipe_refuses_stands_in_no_way(text, run, demo_pair):
+    from test_making import write_model
+
+    write_model(text / "base", "qwen3", demo_pair[1])
+    command_line = [
+        "--base", text / "base", "--data", text / "train", "--held-out", text / "held", "--folder", text / "out",
+    ]  # fmt: skip
+    fails(run("recipe.real_pairs", *command_line, "--requests", 3), 1, "real_pairs", "no chat template")
+    assert not (text / "out").exists()
+    fails(run("recipe.real_pairs", *command_line, "--prompt-lens", "64,900000"), 1, "real_pairs", "900064")
+    noted = json.loads((text / "out" / "recipe.json").read_text())
+    assert "prompt_lens" not in noted and not (text / "out" / "fitted.safetensors").exists()
+    fails(run("recipe.real_pairs", *command_line, "--prompt-lens", "1"), 2, "real_pairs", "--prompt-lens")
+    fails(run("recipe.real_pairs", *command_line, "--data", text / "held"), 1, "real_pairs", "was begun with")
+
+
 def test_real_pairs_as_tables_and_a_picture(tmp_path, run):
     results = real_report.read(RESULTS / "real-pairs" / "results.json")
     heads, _, *rows = real_report.quality_markdown(results).splitlines()

@@ -9,6 +9,7 @@ the user has.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,8 @@ import typer
 
 from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.recipe.real_steps import RealPairs
-from kvpred_mlx.bench.recipe.requests import write_conversations
+from kvpred_mlx.bench.recipe.requests import check_can_chat, write_conversations
+from kvpred_mlx.bench.recipe.requests import requests as requests_about
 from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.errors import changes
 from kvpred_mlx.making.data import read_documents
@@ -28,6 +30,8 @@ from kvpred_mlx.making.recording import write_json
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.quantization import WEIGHT_BITS
+
+NOTED = "recipe.json"  # in the folder: what its results are made with
 
 
 def main(
@@ -74,14 +78,24 @@ def main(
         )
     if joint_iters and auxiliary is None:
         raise typer.BadParameter("given without --auxiliary, expected none", param_hint="--joint-iters")
+    given = {name: value for name, value in locals().items() if name != "folder"}
     chosen, lengths = numbers("--depths", [depths], 1), numbers("--prompt-lens", [prompt_lens], 2)
-    check_same(folder, {k: v for k, v in locals().items() if k not in ("folder", "chosen", "lengths")})
-    model, texts = load_part(base), [data]
+    check_same(folder, given)
+    model, texts, asked = load_part(base), [data], list[str]()
     if requests:
+        check_can_chat(model)
+        asked = requests_about(read_documents(data), requests)
+        if len(asked) < requests:
+            print(f"only {len(asked)} functions with docstrings to ask about", file=sys.stderr)
+    note(folder, {name: value for name, value in given.items() if name != "prompt_lens"})
+    if asked:
         texts.append(folder / "requests.jsonl")
         with progress_bar("asking") as progress:
-            write_conversations(model, read_documents(data), texts[-1], requests, progress)
+            write_conversations(model, asked, texts[-1], progress)
     recipe = RealPairs(model, folder, _named(links, 0), texts)
+    if iters:
+        recipe.check_long_enough(max(lengths))
+    note(folder, given)
     held = recipe.held_out(held_out, measured)
     pairs: dict[str, Callable[[], KVPredictionModel]]
     if auxiliary is None:
@@ -105,25 +119,36 @@ def main(
         if iters:
             recipe.train(called, pair, settings, windows, lengths)
             done += f"trained as the cache is used in {iters} steps of {batch_size} windows, "
+            done += f"prompts of {prompt_lens} tokens, "
         recipe.finish(called, pair, q_bits, held, f"{done}quantized to {q_bits} bits", licence)
 
 
 def check_same(folder: Path, given: dict[str, Any]) -> None:
-    """Note what a folder's results are made with, or make sure that it is the same.
+    """Make sure that what a folder's results were made with, as far as it is noted, is the same now.
 
     Raises:
         ValueError: they were made with something else, which is named.
     """
-    now = {name: None if value is None else str(value) for name, value in given.items()}
-    place = folder / "recipe.json"
-    if place.exists():
-        if differ := changes(json.loads(place.read_text(encoding="utf-8")), now):
-            raise ValueError(
-                f"{folder} was begun with {'; '.join(differ)}: give the same, or another --folder"
-            )
-        return
+    noted, now = _noted(folder), _as_noted(given)
+    both = noted.keys() & now.keys()
+    if differ := changes({name: noted[name] for name in both}, {name: now[name] for name in both}):
+        raise ValueError(f"{folder} was begun with {'; '.join(differ)}: give the same, or another --folder")
+
+
+def note(folder: Path, given: dict[str, Any]) -> None:
+    """Note what a folder's results are made with."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(place, now)
+    write_json(folder / NOTED, _noted(folder) | _as_noted(given))
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    place = folder / NOTED
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    return found
+
+
+def _as_noted(given: dict[str, Any]) -> dict[str, str | None]:
+    return {name: None if value is None else str(value) for name, value in given.items()}
 
 
 def _named(links: str, place: int) -> str | None:

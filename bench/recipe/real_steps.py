@@ -66,6 +66,10 @@ class RealPairs:
         self.fitted: Maps
         self.taps = KVTaps(base.model)
 
+    def check_long_enough(self, prompt_tokens: int) -> None:
+        """Raise ValueError if no document has a window with a prompt of so many tokens."""
+        self._windows(prompt_tokens, 1)
+
     def fit(self, depths: list[int], tokens: int) -> None:
         """Maps from all depths in closed form, by one pass over the text."""
         out = self.folder / "fitted.safetensors"

@@ -7,10 +7,12 @@ import json
 import random
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from mlx_lm import batch_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.pairing import LoadedModel
@@ -29,24 +31,19 @@ BATCH = 16  # requests that are answered side by side
 
 
 def write_conversations(
-    base: LoadedModel, texts: Iterable[str], out: Path, count: int, progress: ProgressCallback = no_progress
+    base: LoadedModel, asked: Sequence[str], out: Path, progress: ProgressCallback = no_progress
 ) -> None:
-    """Write `count` conversations, `{"messages": [...]}` a line; those that are there already are not asked again.
+    """Write a conversation for each request, `{"messages": [...]}` a line, but for those that are there already.
 
     Args:
         base: answers, greedily, in at most `ANSWER_TOKENS` tokens.
-        texts: with the Python functions that are asked about, from one text in turn after the other.
+        asked: see `requests`.
 
     Raises:
-        ValueError: the base's tokenizer has no chat template, or no text has a function with a docstring.
+        ValueError: the base's tokenizer has no chat template.
     """
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    if len(lines) >= count:
-        return
-    tokenizer = base.tokenizer
-    if tokenizer is None or not tokenizer.has_chat_template:
-        raise ValueError(f"{base.name}: no chat template, so it cannot be asked for conversations")
-    asked = requests(texts, count)
+    check_can_chat(base)
+    lines, tokenizer = _whole_lines(out), cast(TokenizerWrapper, base.tokenizer)
     while len(lines) < len(asked):
         progress(len(lines), len(asked), "answers")
         messages = [[{"role": "user", "content": text}] for text in asked[len(lines) :][:BATCH]]
@@ -56,6 +53,12 @@ def write_conversations(
             lines.append(json.dumps({"messages": [*message, {"role": "assistant", "content": answer}]}))
         write_file(out, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     progress(len(asked), len(asked), "answers")
+
+
+def check_can_chat(base: LoadedModel) -> None:
+    """Raise ValueError if a model's tokenizer has no chat template."""
+    if base.tokenizer is None or not base.tokenizer.has_chat_template:
+        raise ValueError(f"{base.name}: no chat template, so it cannot be asked for conversations")
 
 
 def requests(texts: Iterable[str], count: int, seed: int = 0) -> list[str]:
@@ -71,6 +74,18 @@ def requests(texts: Iterable[str], count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     draw.shuffle(found)
     return [draw.choice(QUESTIONS).format(**parts) for parts in found[:count]]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file as far as they are JSON; none if it is not there."""
+    whole = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            json.loads(line)
+        except ValueError:  # the disk was full, or somebody cut it
+            break
+        whole.append(line)
+    return whole
 
 
 def _functions(text: str) -> Iterator[dict[str, str]]:
