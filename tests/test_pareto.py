@@ -196,6 +196,9 @@ def test_other_pairs_are_further_lines(demo_pair, data, tmp_path):
             cell["quality"]["agreement"]["mean"] - found["cells"][1]["quality"]["agreement"]["mean"]
         )
     assert "| own: dial-last 0.1 |" in pareto_report.markdown(found)
+    assert [row["pair"] for row in csv.DictReader(pareto_report.csv_text(found).splitlines())] == [
+        *["pycode"] * 4, "own", "own"
+    ]  # fmt: skip
     again = pareto(demo_pair[0], "pycode", settings, data, found, beside={"own": other})
     assert again["cells"] == found["cells"]
     with pytest.raises(ValueError, match="the beside of the results there and now differ: own"):

@@ -115,7 +115,7 @@ def _interval(found: dict[str, float] | None, middle: str, form: str, short: boo
 
 def _csv_rows(results: Results) -> Iterator[dict[str, Any]]:
     for cell in results["cells"]:
-        row = {"pair": results["pair"]["name"]}
+        row = {"pair": cell.get("pair") or results["pair"]["name"]}
         row |= {
             name: cell[name] for name in ("prompt_tokens", "method", "budget", "flops", "ttft", "skipped")
         }
