@@ -168,6 +168,7 @@ USED: dict[str, dict[str, str]] = {
     # wherever a tokenizer is wrapped or named
     "mlx_lm.tokenizer_utils": {
         "TokenizerWrapper": "tokenizer",
+        "TokenizerWrapper.apply_chat_template": "add_generation_prompt",
         "TokenizerWrapper.detokenizer": "",
         "TokenizerWrapper.eos_token_ids": "",
         "TokenizerWrapper.has_chat_template": "",

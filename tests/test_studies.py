@@ -208,7 +208,7 @@ def text(tmp_path):
 def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     """The recipe on tiny models: every step once, and linked pairs that are loaded beside any copy of the base."""
     from test_making import write_model
-    from test_requests import CONVERSATION, DOCUMENTED
+    from test_asked_conversations import CONVERSATION, DOCUMENTED
 
     from kvpred_mlx.bench.recipe import real_steps
 
