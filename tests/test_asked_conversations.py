@@ -5,6 +5,7 @@ import json
 import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from kvpred_mlx.bench.recipe import requests as module
 from kvpred_mlx.bench.recipe.requests import requests, write_conversations
 from kvpred_mlx.making.pairing import LoadedModel
 from kvpred_mlx.pair.locating import DEMO_PAIR
@@ -58,7 +59,8 @@ def test_a_function_to_complete_or_to_document():
     assert documented and all("def fill_0(self, litres):\n    self.level += " in text for text in documented)
 
 
-def test_the_base_answers_what_is_not_answered_yet(tmp_path, demo_pair):
+def test_the_base_answers_what_is_not_answered_yet(tmp_path, demo_pair, monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 6)
     base = LoadedModel(
         "it", demo_pair[0].base, {}, load_tokenizer(DEMO_PAIR, {"chat_template": CONVERSATION})
     )

@@ -183,11 +183,11 @@ def test_other_settings_do_not_go_on(demo_pair, data, front):
 
 def test_other_pairs_are_further_lines(demo_pair, data, tmp_path):
     other = make_first_layers_pair(demo_pair[0].base, [2])
-    methods = ["predicted", "dial-last", "sparse-top"]
+    methods = ["predicted", "dial-last", "last-only"]
     options = {"windows": 2, "score_tokens": 4, "questions": 0, "trials": 1}
     settings = FrontSettings([96], methods, [0.1], **options, beside=["own"])
     found = pareto(demo_pair[0], "pycode", settings, data, beside={"own": other})
-    lines = ["exact", "predicted", "dial-last 0.1", "sparse-top 0.1", "own: predicted", "own: dial-last 0.1"]
+    lines = ["exact", "predicted", "dial-last 0.1", "last-only 0.1", "own: predicted", "own: dial-last 0.1"]
     assert [label(c) for c in found["cells"]] == lines
     alone = pareto(other, "own", FrontSettings([96], methods[:2], [0.1], **options), data)["cells"][1:]
     for cell, same in zip(found["cells"][4:], alone, strict=True):

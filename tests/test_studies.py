@@ -207,8 +207,8 @@ def text(tmp_path):
 @pytest.mark.parametrize(("windows", "reads"), [(4, "--depths"), (0, "--depths"), (4, "--auxiliary")])
 def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     """The recipe on tiny models: every step once, and linked pairs that are loaded beside any copy of the base."""
-    from test_making import write_model
     from test_asked_conversations import CONVERSATION, DOCUMENTED
+    from test_making import write_model
 
     from kvpred_mlx.bench.recipe import real_steps
 
