@@ -181,6 +181,7 @@ def test_other_settings_do_not_go_on(demo_pair, data, front):
         pareto(demo_pair[0], "pycode", SETTINGS, another, front)
 
 
+@pytest.mark.slow
 def test_other_pairs_are_further_lines(demo_pair, data, tmp_path):
     other = make_first_layers_pair(demo_pair[0].base, [2])
     methods = ["predicted", "dial-last", "last-only"]
