@@ -183,7 +183,6 @@ def states_of_four_steps(tmp_path_factory):
     return folder
 
 
-@pytest.mark.variations
 @pytest.mark.variations(3)
 @pytest.mark.parametrize("file", ["config.json", "trainable.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])

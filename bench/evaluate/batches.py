@@ -119,7 +119,7 @@ def _way(model: nn.Module | SparseModel, prompt: list[int]) -> str | int:
     before_last = len(prompt) - 1
     if not isinstance(model, KVPredictionModel) or model.exact:
         return "exact"
-    if before_last < max(2, model.min_prompt_tokens):
+    if not model.predicts(len(prompt)):
         return "short"
     depths = model.exact_positions.depth if model.exact_positions else ()
     return before_last if len(depths) > 1 else "predicted"

@@ -52,14 +52,10 @@ class SparseModel:
         """The model that answers."""
         return self.pair.base
 
-    def reads_sparsely(self, prompt_tokens: int) -> bool:
-        """Whether a prompt of so many tokens is; one that a pair would not predict is read exactly."""
-        return prompt_tokens - 1 >= max(2, self.pair.min_prompt_tokens)
-
     def read(self, prompt: list[int]) -> list[Any]:
-        """The base's cache of all of `prompt` but its last token."""
+        """The base's cache of all of `prompt` but its last token; what a pair would not predict is read exactly."""
         tokens = mx.array(prompt)[None]
-        if self.reads_sparsely(len(prompt)):
+        if self.pair.predicts(len(prompt)):
             return drop_all_but(self.pair, attended(self.pair, self.positions))(tokens)[1]
         cache = make_sparse_cache(self.base)
         if len(prompt) > 1:
@@ -68,7 +64,7 @@ class SparseModel:
 
     def flops(self, prompt_tokens: int) -> int:
         """FLOPs until the first token behind a prompt."""
-        if self.reads_sparsely(prompt_tokens):
+        if self.pair.predicts(prompt_tokens):
             return sparse_flops(self.pair, prompt_tokens, self.positions)
         return full_prefill_flops(self.base, prompt_tokens)
 

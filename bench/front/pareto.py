@@ -13,12 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
-from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 from kvpred_mlx.bench.common import machine
 from kvpred_mlx.bench.common.pairs import describe_pair
@@ -33,6 +30,7 @@ from kvpred_mlx.errors import changes
 from kvpred_mlx.making import quality
 from kvpred_mlx.making.quality import Prefill
 from kvpred_mlx.making.windows import Windows
+from kvpred_mlx.pair.description import weights_checksum
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.progress import ProgressCallback, no_progress
 
@@ -78,7 +76,7 @@ def pareto(
         data=None if data is None else data.describe(windows),
         warnings=machine.warnings(machine.busy_share()),
         cells=make_cells(pair, settings, beside or {}),
-        beside={called: maps_checksum(other) for called, other in (beside or {}).items()},
+        beside={called: weights_checksum(other.predictor) for called, other in (beside or {}).items()},
     )
     if before is not None:
         _check_same(before, results)
@@ -209,12 +207,6 @@ class _Front:
     def _warn(self, note: str) -> None:
         warnings = self.results["warnings"]
         warnings += [note] if note not in warnings else []
-
-
-def maps_checksum(pair: KVPredictionModel) -> int:
-    """Of a pair's maps, to tell it from another one of its name."""
-    arrays: Any = dict(tree_flatten(pair.predictor.parameters())).values()
-    return crc32(b"".join(np.array(a.astype(mx.float32)).tobytes() for a in arrays))
 
 
 def _check_lengths(pair: KVPredictionModel, prompt_lens: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpred_mlx.bench.common import command
-from kvpred_mlx.bench.recipe.real_steps import RealPairs
+from kvpred_mlx.bench.recipe.real_steps import RealPairs, is_encoded
 from kvpred_mlx.bench.recipe.requests import check_can_chat, write_conversations
 from kvpred_mlx.bench.recipe.requests import requests as requests_about
 from kvpred_mlx.console import numbers, progress_bar
@@ -82,7 +82,7 @@ def main(
     chosen, lengths = numbers("--depths", [depths], 1), numbers("--prompt-lens", [prompt_lens], 2)
     check_same(folder, given)
     model, texts, asked = load_part(base), [data], list[str]()
-    if requests:
+    if requests and not is_encoded(folder):
         check_can_chat(model)
         asked = requests_about(read_documents(data), requests)
         if len(asked) < requests:

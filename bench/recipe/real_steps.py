@@ -40,6 +40,11 @@ WINDOWS_OF_A_DOCUMENT = 64
 Maps = Predictor | FirstLayersPredictor
 
 
+def is_encoded(folder: Path) -> bool:
+    """Whether the text of a recipe's folder is token ids already, and is not read again."""
+    return (folder / "ends.npy").exists()
+
+
 class RealPairs:
     """The steps of the recipe.
 
@@ -54,7 +59,7 @@ class RealPairs:
         self.base, self.folder = base, folder
         self._linked = dataclasses.replace(base, name=repository or base.name)
         self._names = [self._linked.name]
-        if not (folder / "ends.npy").exists():
+        if not is_encoded(folder):
             folder.mkdir(parents=True, exist_ok=True)
             documents = [d for path in texts for d in read_documents(path, tokenizer=base.tokenizer)]
             ids = encode(base.tokenizer, documents)

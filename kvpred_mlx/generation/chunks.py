@@ -19,7 +19,7 @@ def announce_prompt(model: KVPredictionModel, tokens: int, options: dict[str, An
     if options.get("prompt_cache") is None:
         options["prompt_cache"] = model.make_cache(options.get("max_kv_size"))
     entry, before_last = options["prompt_cache"][-1], tokens - 1
-    if isinstance(entry, AuxiliaryCache) and before_last >= max(2, model.min_prompt_tokens):
+    if isinstance(entry, AuxiliaryCache) and model.predicts(tokens):
         entry.announce(before_last)
         step = options.get("prefill_step_size", DEFAULT_PREFILL_STEP_SIZE)
         sizes = (*range(step, 1, -1), *range(step + 1, tokens + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -64,8 +65,17 @@ def weight_bytes(module: nn.Module) -> int:
 
 def norms_checksum(model: nn.Module) -> int:
     """Of a model's vectors (norms and biases), which no quantization touches: tells one model from another."""
-    arrays: Any = dict(tree_flatten(model.parameters())).values()
-    return crc32(b"".join(np.array(a.astype(mx.float32)).tobytes() for a in arrays if is_vector(a)))
+    return _checksum(model, is_vector)
+
+
+def weights_checksum(module: nn.Module) -> int:
+    """Of all of a module's arrays: tells it from another one of its shapes."""
+    return _checksum(module, lambda array: True)
+
+
+def _checksum(module: nn.Module, counts: Callable[[mx.array], bool]) -> int:
+    arrays: Any = dict(tree_flatten(module.parameters())).values()
+    return crc32(b"".join(np.array(a.astype(mx.float32)).tobytes() for a in arrays if counts(a)))
 
 
 def _model(pair: KVPredictionModel, role: str) -> dict[str, Any] | None:

@@ -61,6 +61,10 @@ class KVPredictionModel(PairParts):
         self.args = args
         self.parts = parts or Parts()
 
+    def predicts(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of so many tokens is predicted, whose last one comes in a call of its own."""
+        return prompt_tokens - 1 >= max(2, self.min_prompt_tokens)
+
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None = None, *, exact: bool | None = None
     ) -> mx.array:
