@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from pairs import make_pair
 from processes import python
@@ -223,13 +224,15 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
         "--base", text / "base", "--data", text / "train", "--held-out", text / "held", "--folder", text / "out",
         reads, how, "--name", "tiny", "--links", "somebody/base,somebody/auxiliary", "--tokens", 4096,
         "--windows", windows, "--iters", 2, "--batch-size", 2, "--measured", 2, 1, "--prompt-lens", "33,80",
-        "--requests", 2, *(["--joint-iters", 2] if reads == "--auxiliary" else []),
+        "--requests", 2, "--bodies", 3, *(["--joint-iters", 2] if reads == "--auxiliary" else []),
     ]  # fmt: skip
     code, _, err = run("recipe.real_pairs", *command_line)
     assert code == 0, err
     assert len((text / "out" / "requests.jsonl").read_text().splitlines()) == 2
     recorded = {path.name for path in (text / "out").glob("recorded-*")}
-    assert recorded == ({"recorded-33", "recorded-80"} if windows else set())
+    of = [f"{kind}{tokens}" for kind in ("", "bodies-") for tokens in (33, 80)]
+    assert recorded == ({f"recorded-{name}" for name in of} if windows else set())
+    assert [np.load(text / "out" / f"bodies-{n}.npy").shape[1] for n in (33, 80)] == [33 + 64, 80 + 64]
     others = {"base": str(text / "base")}
     before = {}
     for name in names:

@@ -57,6 +57,9 @@ def main(
     requests: Annotated[
         int, typer.Option(min=0, help="Requests about the data's functions, answered by the base: more text.")
     ] = 0,
+    bodies: Annotated[
+        int, typer.Option(min=0, help="Functions of the data whose bodies the base writes: more windows.")
+    ] = 0,
     joint_iters: Annotated[
         int, typer.Option(min=0, help="With --auxiliary: steps of the paper's training of both, before.")
     ] = 0,
@@ -117,7 +120,7 @@ def main(
             recipe.train_jointly(called, pair, joint)
             done = f"trained together with the auxiliary in {joint_iters} steps of {batch_size} rows, "
         if iters:
-            recipe.train(called, pair, settings, windows, lengths)
+            recipe.train(called, pair, settings, windows, lengths, bodies)
             done += f"trained as the cache is used in {iters} steps of {batch_size} windows, "
             done += f"prompts of {prompt_lens} tokens, "
         recipe.finish(called, pair, q_bits, held, f"{done}quantized to {q_bits} bits", licence)

@@ -13,6 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from kvpred_mlx.bench.recipe.bodies import body_windows
+from kvpred_mlx.bench.recipe.requests import documented_functions
 from kvpred_mlx.console import progress_bar
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.as_used import as_used_trainer
@@ -141,14 +143,22 @@ class RealPairs:
         settings: TrainingSettings,
         windows: int,
         prompt_lens: Sequence[int],
+        bodies: int,
     ) -> None:
-        """Train a pair's maps as its cache is used, on `windows` windows (0: all) of each length of prompt."""
+        """Train a pair's maps as its cache is used.
+
+        Args:
+            windows: of each length of prompt (0: all).
+            bodies: further windows of each length, whose answers are the base's own (`body_windows`).
+        """
         out = self.folder / f"{name}.trained.safetensors"
         if not out.exists():
+            cut = {str(n): self._windows(n, windows or None) for n in prompt_lens}
+            cut |= {f"bodies-{n}": self._bodies(n, bodies) for n in prompt_lens if bodies}
             data = InTurn(
                 [
-                    self._recorded(pair, n, windows) if windows else FreshWindows(pair, self._windows(n))
-                    for n in prompt_lens
+                    self._recorded(pair, what, found) if windows else FreshWindows(pair, found)
+                    for what, found in cut.items()
                 ]
             )
             with restored_types(pair):
@@ -200,12 +210,22 @@ class RealPairs:
         facts = CardFacts(name, self._names[0], second, [made], licence)
         save(out, pair, extras=lambda directory: write_card(directory, facts, figures))
 
-    def _recorded(self, pair: KVPredictionModel, prompt: int, windows: int) -> Recording:
+    def _recorded(self, pair: KVPredictionModel, what: str, windows: Windows) -> Recording:
         """Windows for a pair of two models, or for the first layers of all depths."""
         whole = KVPredictionModel(self.taps, None, self.fitted) if pair.auxiliary is None else pair
-        return record(
-            whole, self._windows(prompt, windows), self.folder / f"recorded-{prompt}", progress=_count
-        )
+        return record(whole, windows, self.folder / f"recorded-{what}", progress=_count)
+
+    def _bodies(self, prompt: int, count: int) -> Windows:
+        """Windows of the text's functions, whose bodies the base writes, once."""
+        out = self.folder / f"bodies-{prompt}.npy"
+        if not out.exists():
+            texts = (self.base.tokenizer.decode(d.tolist()) for d in self._documents)
+            befores = [function["before"] for function in documented_functions(texts)]
+            with progress_bar("writing") as progress:
+                found = body_windows(self.base, befores, prompt, SCORED, count, progress)
+            _write_npy(out, np.hstack([found.prompts, found.continuations]))
+        rows = np.load(out)
+        return Windows(rows[:, :prompt], rows[:, prompt:], np.arange(len(rows)), np.full(len(rows), np.nan))
 
     def _empty(self, depths: list[int]) -> FirstLayersPredictor:
         return FirstLayersPredictor(depths, self.taps.input_widths, self.taps.widths)

@@ -26,6 +26,7 @@ QUESTIONS = (
     "Make this function easier to read, and say what you changed:\n\n```python\n{bare}\n```",
 )
 LINES = range(6, 60)  # of a function that is asked about
+BEFORE = 120  # lines that are kept of what precedes a body
 ANSWER_TOKENS = 256
 BATCH = 16  # requests that are answered side by side
 
@@ -68,12 +69,22 @@ def requests(texts: Iterable[str], count: int, seed: int = 0) -> list[str]:
     Raises:
         ValueError: no text has a function with a docstring.
     """
+    found, draw = documented_functions(texts), random.Random(seed)
+    draw.shuffle(found)
+    return [draw.choice(QUESTIONS).format(**parts) for parts in found[:count]]
+
+
+def documented_functions(texts: Iterable[str]) -> list[dict[str, str]]:
+    """The functions with docstrings: `source`, `head` as far as the docstring, `bare` without it, and `before`, the
+    lines of the text as far as the docstring's last.
+
+    Raises:
+        ValueError: no text has one.
+    """
     found = [function for text in texts for function in _functions(text)]
     if not found:
         raise ValueError("no Python function with a docstring in the data, expected some to ask about")
-    draw = random.Random(seed)
-    draw.shuffle(found)
-    return [draw.choice(QUESTIONS).format(**parts) for parts in found[:count]]
+    return found
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -89,7 +100,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _functions(text: str) -> Iterator[dict[str, str]]:
-    """Of a text that is Python: each function's source, its head as far as the docstring, and it without one."""
+    """Those of a text, if it is Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -107,6 +118,7 @@ def _functions(text: str) -> Iterator[dict[str, str]]:
                     "source": _code(lines[first:last]),
                     "head": _code(lines[first:end]),
                     "bare": _code([*lines[first:begin], *lines[end:last]]),
+                    "before": "\n".join(lines[max(0, end - BEFORE) : end]) + "\n",
                 }
 
 
