@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.making.pairing import LoadedModel
 from kvpred_mlx.making.windows import Windows
@@ -42,7 +44,8 @@ def body_windows(
         answers.append(greedy(base, prompts[start : start + BATCH], answer_tokens))
     progress(len(prompts), len(prompts), "bodies")
     written = np.concatenate(answers)
-    whole = ~np.isin(written, list(base.tokenizer.eos_token_ids)).any(axis=1)
+    ends = list(cast(TokenizerWrapper, base.tokenizer).eos_token_ids)
+    whole = ~np.isin(written, ends).any(axis=1)
     if not whole.any():
         raise ValueError(f"{base.name} ends every body within {answer_tokens} tokens")
     kept = int(whole.sum())
@@ -65,10 +68,10 @@ def greedy(base: LoadedModel, prompts: np.ndarray, tokens: int) -> np.ndarray:
 
 def _ends(base: LoadedModel, befores: Sequence[str], length: int, count: int, seed: int) -> np.ndarray:
     """The last `length` tokens `[<= count, length]` of texts that have so many, each from the beginning of a line."""
-    rows = []
+    rows, tokenizer = [], cast(TokenizerWrapper, base.tokenizer)
     for text in random.Random(seed).sample(befores, len(befores)):
         cut = text[-CHARACTERS_PER_TOKEN * length :]
-        ids = base.tokenizer.encode(cut if cut == text else cut.partition("\n")[2], add_special_tokens=False)
+        ids = tokenizer.encode(cut if cut == text else cut.partition("\n")[2], add_special_tokens=False)
         if len(ids) >= length:
             rows.append(ids[-length:])
         if len(rows) == count:

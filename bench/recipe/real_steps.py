@@ -219,7 +219,8 @@ class RealPairs:
         """Windows of the text's functions, whose bodies the base writes, once."""
         out = self.folder / f"bodies-{prompt}.npy"
         if not out.exists():
-            texts = (self.base.tokenizer.decode(d.tolist()) for d in self._documents)
+            assert self.base.tokenizer is not None
+            texts = map(self.base.tokenizer.decode, self._documents)
             befores = [function["before"] for function in documented_functions(texts)]
             with progress_bar("writing") as progress:
                 found = body_windows(self.base, befores, prompt, SCORED, count, progress)
