@@ -711,15 +711,18 @@ def answering(request, demo_pair, tmp_path):
 def test_an_answer_keeps_the_space_that_it_begins_with(answering, tmp_path, size):
     """mlx-lm's detokenizers of one kind drop it, and a body that continues a function is then indented by three."""
     pair, tokenizer = answering
-    prompt, space = tokenizer.encode("def f(x):\n"), tokenizer.encode("a b")[-2:]
-    token = next(t for t in space if tokenizer.decode([prompt[-1], t]).endswith(("\n ", "\n b")))
-    settings = EvaluationSettings(["humaneval"], max_tokens=1, batch_size=size)
-    evaluation = Evaluation(pair, tokenizer, "demo", settings, tmp_path / "results")
-    answer = lambda logprobs: mx.full(logprobs.shape[:-1], token)
-    if size is None:
-        text, _ = evaluation._answer(pair, HUMANEVAL, prompt, answer)
-    else:
-        asked = [batches.Asked(0, prompt, 1, answer)]
-        ((_, text),) = batches.answer_all(pair, tokenizer, asked, HUMANEVAL.stops, size)
-    assert text == tokenizer.decode([prompt[-1], token]).removeprefix(tokenizer.decode([prompt[-1]]))
-    assert text.startswith(" ")
+    prompt = tokenizer.encode("def f(x):\n")
+    before = tokenizer.decode(prompt[-1:])
+    texts = {t: tokenizer.decode([prompt[-1], t]).removeprefix(before) for t in range(400)}
+    indents = {len(text) - len(text.lstrip(" ")): t for t, text in texts.items() if text.startswith(" ")}
+    assert 1 in indents
+    for width, token in {min(indents): indents[min(indents)], max(indents): indents[max(indents)]}.items():
+        settings = EvaluationSettings(["humaneval"], max_tokens=1, batch_size=size)
+        evaluation = Evaluation(pair, tokenizer, "demo", settings, tmp_path / f"results-{width}")
+        answer = lambda logprobs, token=token: mx.full(logprobs.shape[:-1], token)
+        if size is None:
+            text, _ = evaluation._answer(pair, HUMANEVAL, prompt, answer)
+        else:
+            asked = [batches.Asked(0, prompt, 1, answer)]
+            ((_, text),) = batches.answer_all(pair, tokenizer, asked, HUMANEVAL.stops, size)
+        assert text == texts[token]

@@ -123,8 +123,8 @@ def beginning(tokenizer: Any, prompt: Sequence[int], token: int) -> str:
     detokenizer.add_token(token)
     detokenizer.finalize()
     before = tokenizer.decode([prompt[-1]])
-    begins = tokenizer.decode([prompt[-1], token]).startswith(before + " ")
-    return " " if begins and not detokenizer.text.startswith(" ") else ""
+    dropped = tokenizer.decode([prompt[-1], token]).startswith(f"{before} {detokenizer.text}")
+    return " " if dropped else ""
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
