@@ -1,6 +1,6 @@
 """Write the tables of `bench/results/` into the README and the pages beside them: `make readme`.
 
-Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`, `real`, `humaneval`) and
+Each table stands between `<!-- bench: FOLDER -->` (or `pareto`, `recall`, `gain`, `real`, `humaneval`, `longer`) and
 `<!-- end -->`.
 """
 
@@ -21,8 +21,14 @@ from kvpred_mlx.bench.ttft import files as ttft_files
 from kvpred_mlx.bench.ttft import report as ttft_report
 
 RESULTS = Path(__file__).with_name("results")
-REAL = {"real": real_report.quality_markdown, "humaneval": real_report.humaneval_markdown}
-BLOCK = re.compile(r"<!-- (bench|pareto|recall|gain|real|humaneval): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+REAL = {
+    "real": real_report.quality_markdown,
+    "humaneval": real_report.humaneval_markdown,
+    "longer": real_report.longer_markdown,
+}
+BLOCK = re.compile(
+    r"<!-- (bench|pareto|recall|gain|real|humaneval|longer): (\S+) -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:

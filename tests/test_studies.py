@@ -302,6 +302,8 @@ def test_real_pairs_as_tables_and_a_picture(tmp_path, run):
     results = real_report.read(RESULTS / "real-pairs" / "results.json")
     heads, _, *rows = real_report.quality_markdown(results).splitlines()
     assert len(rows) == 1 + len(results["quality"]) and len({row.count("|") for row in (heads, *rows)}) == 1
+    heads, _, *rows = real_report.longer_markdown(results).splitlines()
+    assert len(rows) == len(results["longer"]["quality"]) and len({r.count("|") for r in (heads, *rows)}) == 1
     shares = [float(row.split("|")[3]) for row in real_report.humaneval_markdown(results).splitlines()[2:]]
     assert (
         shares == sorted(shares, reverse=True) and shares[0] == 1 and len(shares) == len(results["humaneval"])

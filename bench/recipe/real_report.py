@@ -14,7 +14,14 @@ import typer
 from kvpred_mlx.bench.common import command
 
 LENGTHS = (448, 1984)
-COLORS = {"closed form": "tab:gray", "trained": "tab:blue", "trained, 4 bits": "tab:orange"}
+COLORS = {
+    "closed form": "tab:gray",
+    "trained": "tab:blue",
+    "trained, 4 bits": "tab:orange",
+    "trained longer, 4 bits": "tab:red",
+    "read by Qwen2.5-Coder-0.5B (trained)": "tab:purple",
+    "sparse prefill, scored by the 0.5B": "tab:green",
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -59,6 +66,20 @@ def humaneval_markdown(results: dict[str, Any]) -> str:
     return _table(["who reads", "mode", "FLOPs to the first token", "pass@1 (95 %)"], rows)
 
 
+def longer_markdown(results: dict[str, Any]) -> str:
+    """What longer training gave: agreement and retention by length of prompt, of the same windows for all rows."""
+    longer = results["longer"]
+    metrics = ("agreement", "retention")
+    heads = ["layers", "predictor"]
+    heads += [f"{metric} at {int(n):,} (95 %)" for metric in metrics for n in longer["windows"]]
+    rows = [
+        [str(row["layers"]), row["predictor"]]
+        + [_interval(row[f"held-{n}"][metric]) for metric in metrics for n in longer["windows"]]
+        for row in sorted(longer["quality"], key=lambda r: (r["layers"], r["predictor"]))
+    ]
+    return _table(heads, rows)
+
+
 def flops(results: dict[str, Any], row: dict[str, Any]) -> float:
     """The share of a full prefill's FLOPs until the first token: as counted, or from that of depth and last tokens."""
     if "share" in row:
@@ -74,10 +95,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Draw agreement and HumanEval against FLOPs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, color in COLORS.items():
         rows = sorted((r for r in results["quality"] if r["predictor"] == name), key=lambda r: r["layers"])
+        if not rows:
+            continue
         xs = [_share(results, r["layers"]) for r in rows]
         _points(left, xs, [r["held-448"]["agreement"] for r in rows], color, f"first layers, {name}")
         if name == "closed form":
@@ -86,19 +109,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left.plot([1], [1], "k*", markersize=12, label="exact")
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in sorted(results["humaneval"], key=lambda r: flops(results, r)):
-        color = COLORS.get(row["predictor"], "black") if row["layers"] else "black"
+        color = COLORS.get(row["predictor"], "black")
         lines.setdefault((_who(row), color), []).append(row)
     for (who, color), rows in lines.items():
         xs = [flops(results, r) for r in rows]
-        dial = "; last 0, 0.1, 0.3 exact" if len(rows) > 1 else ""
-        marker = {"10": "s", "14": "o"}.get(str(rows[0]["layers"]), "*" if "base" in who else "^")
+        dial = "; last 0, 0.1, 0.3 exact" if rows[-1]["mode"].startswith("exact-last") else ""
+        marker = {"10": "s", "14": "o"}.get(
+            str(rows[0]["layers"]), "*" if who == "the base, exactly" else "^"
+        )
         _points(right, xs, [r["pass@1"] for r in rows], color, f"{who}{dial}", marker)
     left.set_ylabel("agreement, 448 tokens of Python")
     right.set(ylabel="HumanEval pass@1", ylim=(0, 0.65))
     for axes in (left, right):
         axes.set_xlabel("FLOPs to the first token / full prefill")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.suptitle("Qwen2.5-Coder-1.5B-Instruct")
     figure.savefig(path, dpi=120, format="png")
 
