@@ -232,7 +232,7 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     recorded = {path.name for path in (text / "out").glob("recorded-*")}
     of = [f"{kind}{tokens}" for kind in ("", "bodies-") for tokens in (33, 80)]
     assert recorded == ({f"recorded-{name}" for name in of} if windows else set())
-    assert [np.load(text / "out" / f"bodies-{n}.npy").shape[1] for n in (33, 80)] == [33 + 64, 80 + 64]
+    assert [np.load(text / "out" / f"bodies-{n}-3.npy").shape[1] for n in (33, 80)] == [33 + 64, 80 + 64]
     others = {"base": str(text / "base")}
     before = {}
     for name in names:

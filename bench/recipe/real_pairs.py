@@ -98,6 +98,8 @@ def main(
     recipe = RealPairs(model, folder, _named(links, 0), texts)
     if iters:
         recipe.check_long_enough(max(lengths))
+        if bodies:
+            recipe.write_bodies(lengths, bodies)
     note(folder, given)
     held = recipe.held_out(held_out, measured)
     pairs: dict[str, Callable[[], KVPredictionModel]]

@@ -77,6 +77,23 @@ class RealPairs:
         """Raise ValueError if no document has a window with a prompt of so many tokens."""
         self._windows(prompt_tokens, 1)
 
+    def write_bodies(self, prompt_lens: Sequence[int], count: int) -> None:
+        """Let the base write the bodies of at most `count` functions of the text for each length of prompt.
+
+        Raises:
+            ValueError: there is no function, or none with so much before its body.
+        """
+        wanted = [n for n in prompt_lens if not self._place_of_bodies(n, count).exists()]
+        if not wanted:
+            return
+        assert self.base.tokenizer is not None
+        texts = map(self.base.tokenizer.decode, self._documents)
+        befores = [function["before"] for function in documented_functions(texts)]
+        for n in wanted:
+            with progress_bar("writing") as progress:
+                found = body_windows(self.base, befores, n, SCORED, count, progress)
+            _write_npy(self._place_of_bodies(n, count), np.hstack([found.prompts, found.continuations]))
+
     def fit(self, depths: list[int], tokens: int) -> None:
         """Maps from all depths in closed form, by one pass over the text."""
         out = self.folder / "fitted.safetensors"
@@ -149,7 +166,7 @@ class RealPairs:
 
         Args:
             windows: of each length of prompt (0: all).
-            bodies: further windows of each length, whose answers are the base's own (`body_windows`).
+            bodies: the count of `write_bodies`, whose windows are read as well (0: none are).
         """
         out = self.folder / f"{name}.trained.safetensors"
         if not out.exists():
@@ -216,17 +233,11 @@ class RealPairs:
         return record(whole, windows, self.folder / f"recorded-{what}", progress=_count)
 
     def _bodies(self, prompt: int, count: int) -> Windows:
-        """Windows of the text's functions, whose bodies the base writes, once."""
-        out = self.folder / f"bodies-{prompt}.npy"
-        if not out.exists():
-            assert self.base.tokenizer is not None
-            texts = map(self.base.tokenizer.decode, self._documents)
-            befores = [function["before"] for function in documented_functions(texts)]
-            with progress_bar("writing") as progress:
-                found = body_windows(self.base, befores, prompt, SCORED, count, progress)
-            _write_npy(out, np.hstack([found.prompts, found.continuations]))
-        rows = np.load(out)
+        rows = np.load(self._place_of_bodies(prompt, count))
         return Windows(rows[:, :prompt], rows[:, prompt:], np.arange(len(rows)), np.full(len(rows), np.nan))
+
+    def _place_of_bodies(self, prompt: int, count: int) -> Path:
+        return self.folder / f"bodies-{prompt}-{count}.npy"
 
     def _empty(self, depths: list[int]) -> FirstLayersPredictor:
         return FirstLayersPredictor(depths, self.taps.input_widths, self.taps.widths)
