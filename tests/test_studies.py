@@ -238,7 +238,8 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     for name in names:
         folder = text / "out" / name
         assert json.loads((folder / "config.json").read_text())["base"]["path_or_hf_repo"] == "somebody/base"
-        assert "| predicted |" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "| predicted |" in card and "3 functions whose bodies the base wrote, with 2 of the base" in card
         pair, _ = kvpred_mlx.load(folder, **others)
         assert pair(mx.arange(1, 50)[None]).shape[1] == 49
         assert any("scales" in key for key in mx.load(str(folder / "model.safetensors")))

@@ -125,6 +125,8 @@ def main(
             recipe.train(called, pair, settings, windows, lengths, bodies)
             done += f"trained as the cache is used in {iters} steps of {batch_size} windows, "
             done += f"prompts of {prompt_lens} tokens, "
+            done += f"of each also {bodies} functions whose bodies the base wrote, " if bodies else ""
+        done += f"with {requests} of the base's own conversations in the text, " if requests else ""
         recipe.finish(called, pair, q_bits, held, f"{done}quantized to {q_bits} bits", licence)
 
 
