@@ -232,14 +232,17 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     recorded = {path.name for path in (text / "out").glob("recorded-*")}
     of = [f"{kind}{tokens}" for kind in ("", "bodies-") for tokens in (33, 80)]
     assert recorded == ({f"recorded-{name}" for name in of} if windows else set())
-    assert [np.load(text / "out" / f"bodies-{n}-3.npy").shape[1] for n in (33, 80)] == [33 + 64, 80 + 64]
+    rows = [np.load(text / "out" / f"bodies-{n}-3.npy") for n in (33, 80)]
+    assert [r.shape[1] for r in rows] == [33 + 64, 80 + 64]
+    written = [len(r) for r in rows]
     others = {"base": str(text / "base")}
     before = {}
     for name in names:
         folder = text / "out" / name
         assert json.loads((folder / "config.json").read_text())["base"]["path_or_hf_repo"] == "somebody/base"
         card = (folder / "README.md").read_text()
-        assert "| predicted |" in card and "3 functions whose bodies the base wrote, with 2 of the base" in card
+        assert "| predicted |" in card and "with conversations of the base's own in the text" in card
+        assert f"also {written[0]}, {written[1]} whose answers the base wrote itself" in card
         pair, _ = kvpred_mlx.load(folder, **others)
         assert pair(mx.arange(1, 50)[None]).shape[1] == 49
         assert any("scales" in key for key in mx.load(str(folder / "model.safetensors")))
@@ -262,6 +265,7 @@ def test_real_pairs(text, run, demo_pair, monkeypatch, windows, reads):
     )
     if reads == "--depths":
         fails(run("recipe.real_pairs", *command_line, "--joint-iters", 1), 2, "real_pairs", "--joint-iters")
+    fails(run("recipe.real_pairs", *command_line, "--iters", 0), 2, "real_pairs", "--bodies", "--iters 0")
     short = [*command_line[:5], text / "train" / "0.py", "--folder", text / "new", *command_line[8:]]
     monkeypatch.setattr(real_steps, "MEASURED", (96, 10**6))
     fails(run("recipe.real_pairs", *short), 1, "real_pairs", "expected at least 1000064")

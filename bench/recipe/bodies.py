@@ -1,4 +1,4 @@
-"""Windows whose prompts end where a function's body begins, and whose answers are the base's own: the paper's task."""
+"""Functions' bodies that a base writes itself, behind real text as far as a body's beginning: the paper's task."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.making.pairing import LoadedModel
-from kvpred_mlx.making.windows import Windows
 from kvpred_mlx.progress import ProgressCallback, no_progress
 
-CHARACTERS_PER_TOKEN = 8  # more than there are, so that what is encoded is long enough
-BATCH = 64  # bodies that are written side by side
+TOKENS = 8192  # of prompts that are read side by side
 
 
-def body_windows(
+def write_bodies(
     base: LoadedModel,
     befores: Sequence[str],
     prompt_tokens: int,
@@ -27,29 +25,29 @@ def body_windows(
     count: int,
     progress: ProgressCallback = no_progress,
     seed: int = 0,
-) -> Windows:
-    """At most `count` windows, in a random order that `seed` decides.
+) -> np.ndarray:
+    """Prompts and the bodies that the base writes, greedily: at most `count` rows `[prompt_tokens + answer_tokens]`.
 
     Args:
-        base: writes the bodies, greedily; those that it ends before `answer_tokens` are left out.
-        befores: what precedes bodies (`requests.documented_functions`), of which the last `prompt_tokens` are read.
+        befores: what precedes bodies (`requests.documented_functions`), in an order that `seed` decides; the last
+            `prompt_tokens` are read.  Bodies that the base ends sooner are left out.
 
     Raises:
         ValueError: no text is long enough, or all bodies are shorter.
     """
     prompts = _ends(base, befores, prompt_tokens, count, seed)
+    size = max(1, TOKENS // prompt_tokens)
     answers = []
-    for start in range(0, len(prompts), BATCH):
+    for start in range(0, len(prompts), size):
         progress(start, len(prompts), "bodies")
-        answers.append(greedy(base, prompts[start : start + BATCH], answer_tokens))
+        answers.append(greedy(base, prompts[start : start + size], answer_tokens))
     progress(len(prompts), len(prompts), "bodies")
     written = np.concatenate(answers)
     ends = list(cast(TokenizerWrapper, base.tokenizer).eos_token_ids)
     whole = ~np.isin(written, ends).any(axis=1)
     if not whole.any():
         raise ValueError(f"{base.name} ends every body within {answer_tokens} tokens")
-    kept = int(whole.sum())
-    return Windows(prompts[whole], written[whole], np.arange(kept), np.full(kept, np.nan))
+    return np.hstack([prompts[whole], written[whole]])
 
 
 def greedy(base: LoadedModel, prompts: np.ndarray, tokens: int) -> np.ndarray:
@@ -67,11 +65,10 @@ def greedy(base: LoadedModel, prompts: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _ends(base: LoadedModel, befores: Sequence[str], length: int, count: int, seed: int) -> np.ndarray:
-    """The last `length` tokens `[<= count, length]` of texts that have so many, each from the beginning of a line."""
+    """The last `length` tokens `[<= count, length]` of texts that have so many."""
     rows, tokenizer = [], cast(TokenizerWrapper, base.tokenizer)
     for text in random.Random(seed).sample(befores, len(befores)):
-        cut = text[-CHARACTERS_PER_TOKEN * length :]
-        ids = tokenizer.encode(cut if cut == text else cut.partition("\n")[2], add_special_tokens=False)
+        ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) >= length:
             rows.append(ids[-length:])
         if len(rows) == count:

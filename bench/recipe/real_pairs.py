@@ -81,6 +81,8 @@ def main(
         )
     if joint_iters and auxiliary is None:
         raise typer.BadParameter("given without --auxiliary, expected none", param_hint="--joint-iters")
+    if bodies and not iters:
+        raise typer.BadParameter("given with --iters 0, expected none", param_hint="--bodies")
     given = {name: value for name, value in locals().items() if name != "folder"}
     chosen, lengths = numbers("--depths", [depths], 1), numbers("--prompt-lens", [prompt_lens], 2)
     check_same(folder, given)
@@ -90,7 +92,7 @@ def main(
         asked = requests_about(read_documents(data), requests)
         if len(asked) < requests:
             print(f"only {len(asked)} functions with docstrings to ask about", file=sys.stderr)
-    note(folder, {name: value for name, value in given.items() if name != "prompt_lens"})
+    note(folder, {name: value for name, value in given.items() if name not in ("prompt_lens", "bodies")})
     if asked:
         texts.append(folder / "requests.jsonl")
         with progress_bar("asking") as progress:
@@ -98,10 +100,13 @@ def main(
     recipe = RealPairs(model, folder, _named(links, 0), texts)
     if iters:
         recipe.check_long_enough(max(lengths))
-        if bodies:
-            recipe.write_bodies(lengths, bodies)
+    held, written = recipe.held_out(held_out, measured), dict[int, int]()
+    if bodies:
+        written = recipe.write_bodies(lengths, bodies)
+        for n, count in written.items():
+            if count < bodies:
+                print(f"only {count} functions whose bodies are written behind {n} tokens", file=sys.stderr)
     note(folder, given)
-    held = recipe.held_out(held_out, measured)
     pairs: dict[str, Callable[[], KVPredictionModel]]
     if auxiliary is None:
         recipe.fit(chosen, tokens)
@@ -125,8 +130,10 @@ def main(
             recipe.train(called, pair, settings, windows, lengths, bodies)
             done += f"trained as the cache is used in {iters} steps of {batch_size} windows, "
             done += f"prompts of {prompt_lens} tokens, "
-            done += f"of each also {bodies} functions whose bodies the base wrote, " if bodies else ""
-        done += f"with {requests} of the base's own conversations in the text, " if requests else ""
+            if written:
+                done += f"also {', '.join(map(str, written.values()))} whose answers the base wrote itself, "
+        if requests:
+            done += "with conversations of the base's own in the text, "
         recipe.finish(called, pair, q_bits, held, f"{done}quantized to {q_bits} bits", licence)
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from kvpred_mlx.bench.recipe.bodies import body_windows
+from kvpred_mlx.bench.recipe.bodies import write_bodies
 from kvpred_mlx.bench.recipe.requests import documented_functions
 from kvpred_mlx.console import progress_bar
 from kvpred_mlx.files import write_file
@@ -77,22 +77,25 @@ class RealPairs:
         """Raise ValueError if no document has a window with a prompt of so many tokens."""
         self._windows(prompt_tokens, 1)
 
-    def write_bodies(self, prompt_lens: Sequence[int], count: int) -> None:
+    def write_bodies(self, prompt_lens: Sequence[int], count: int) -> dict[int, int]:
         """Let the base write the bodies of at most `count` functions of the text for each length of prompt.
+
+        Returns how many there are of each length.
 
         Raises:
             ValueError: there is no function, or none with so much before its body.
         """
-        wanted = [n for n in prompt_lens if not self._place_of_bodies(n, count).exists()]
-        if not wanted:
-            return
-        assert self.base.tokenizer is not None
-        texts = map(self.base.tokenizer.decode, self._documents)
-        befores = [function["before"] for function in documented_functions(texts)]
-        for n in wanted:
-            with progress_bar("writing") as progress:
-                found = body_windows(self.base, befores, n, SCORED, count, progress)
-            _write_npy(self._place_of_bodies(n, count), np.hstack([found.prompts, found.continuations]))
+        places = {n: self._bodies_file(n, count) for n in prompt_lens}
+        if wanted := [n for n, place in places.items() if not place.exists()]:
+            assert self.base.tokenizer is not None
+            texts = map(self.base.tokenizer.decode, self._documents)
+            befores = [function["before"] for function in documented_functions(texts)]
+            for n in wanted:
+                with progress_bar("writing") as progress:
+                    _write_npy(
+                        places[n], write_bodies(self.base, befores, n, SCORED, count, progress, seed=n)
+                    )
+        return {n: len(np.load(place)) for n, place in places.items()}
 
     def fit(self, depths: list[int], tokens: int) -> None:
         """Maps from all depths in closed form, by one pass over the text."""
@@ -233,10 +236,10 @@ class RealPairs:
         return record(whole, windows, self.folder / f"recorded-{what}", progress=_count)
 
     def _bodies(self, prompt: int, count: int) -> Windows:
-        rows = np.load(self._place_of_bodies(prompt, count))
+        rows = np.load(self._bodies_file(prompt, count))
         return Windows(rows[:, :prompt], rows[:, prompt:], np.arange(len(rows)), np.full(len(rows), np.nan))
 
-    def _place_of_bodies(self, prompt: int, count: int) -> Path:
+    def _bodies_file(self, prompt: int, count: int) -> Path:
         return self.folder / f"bodies-{prompt}-{count}.npy"
 
     def _empty(self, depths: list[int]) -> FirstLayersPredictor:

@@ -26,7 +26,7 @@ QUESTIONS = (
     "Make this function easier to read, and say what you changed:\n\n```python\n{bare}\n```",
 )
 LINES = range(6, 60)  # of a function that is asked about
-BEFORE = 120  # lines that are kept of what precedes a body
+BEFORE = 400  # lines that are kept of what precedes a body
 ANSWER_TOKENS = 256
 BATCH = 16  # requests that are answered side by side
 
@@ -83,7 +83,9 @@ def documented_functions(texts: Iterable[str]) -> list[dict[str, str]]:
     """
     found = [function for text in texts for function in _functions(text)]
     if not found:
-        raise ValueError("no Python function with a docstring in the data, expected some to ask about")
+        raise ValueError(
+            f"no Python function of {LINES[0]} to {LINES[-1]} lines with a docstring in the data"
+        )
     return found
 
 
