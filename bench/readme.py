@@ -26,9 +26,8 @@ REAL = {
     "humaneval": real_report.humaneval_markdown,
     "longer": real_report.longer_markdown,
 }
-BLOCK = re.compile(
-    r"<!-- (bench|pareto|recall|gain|real|humaneval|longer): (\S+) -->\n.*?<!-- end -->", re.DOTALL
-)
+KINDS = "|".join(["bench", "pareto", "recall", "gain", *REAL])
+BLOCK = re.compile(rf"<!-- ({KINDS}): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_tables(text: str) -> str:

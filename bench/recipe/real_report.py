@@ -20,7 +20,7 @@ COLORS = {
     "trained, 4 bits": "tab:orange",
     "trained longer, 4 bits": "tab:red",
     "read by Qwen2.5-Coder-0.5B (trained)": "tab:purple",
-    "sparse prefill, scored by the 0.5B": "tab:green",
+    "sparse prefill, tokens chosen by the 0.5B": "tab:green",
 }
 
 
@@ -75,7 +75,7 @@ def longer_markdown(results: dict[str, Any]) -> str:
     rows = [
         [str(row["layers"]), row["predictor"]]
         + [_interval(row[f"held-{n}"][metric]) for metric in metrics for n in longer["windows"]]
-        for row in sorted(longer["quality"], key=lambda r: (r["layers"], r["predictor"]))
+        for row in sorted(longer["quality"], key=lambda r: (r["layers"], "longer" in r["predictor"]))
     ]
     return _table(heads, rows)
 
@@ -107,12 +107,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for x, row in zip(xs, rows, strict=True):
                 left.annotate(f"{row['layers']} of 28", (x, row["held-448"]["agreement"]["mean"] - 0.025))
     left.plot([1], [1], "k*", markersize=12, label="exact")
-    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(results["humaneval"], key=lambda r: flops(results, r)):
-        color = COLORS.get(row["predictor"], "black")
-        lines.setdefault((_who(row), color), []).append(row)
-    for (who, color), rows in lines.items():
-        xs = [flops(results, r) for r in rows]
+        lines.setdefault(_who(row), []).append(row)
+    for who, rows in lines.items():
+        xs, color = [flops(results, r) for r in rows], COLORS.get(rows[0]["predictor"], "black")
         dial = "; last 0, 0.1, 0.3 exact" if rows[-1]["mode"].startswith("exact-last") else ""
         marker = {"10": "s", "14": "o"}.get(
             str(rows[0]["layers"]), "*" if who == "the base, exactly" else "^"
