@@ -8,10 +8,10 @@ from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from kvpred_mlx.making.pairing import LoadedModel
+from kvpred_mlx.making.quality import prefill_of
 from kvpred_mlx.progress import ProgressCallback, no_progress
 
 TOKENS = 8192  # of prompts that are read side by side
@@ -52,13 +52,11 @@ def write_bodies(
 
 def greedy(base: LoadedModel, prompts: np.ndarray, tokens: int) -> np.ndarray:
     """The base's most likely continuations `[B, tokens]` of prompts `[B, P]`."""
-    cache = make_prompt_cache(base.model)
-    last, out = mx.array(prompts), []
-    base.model(last[:, :-1], cache=cache)
+    model, cache = prefill_of(base.model)(mx.array(prompts))
     mx.eval([c.state for c in cache])
-    last = last[:, -1:]
+    last, out = mx.array(prompts[:, -1:]), []
     for _ in range(tokens):
-        last = mx.argmax(base.model(last, cache=cache)[:, -1:], axis=-1)
+        last = mx.argmax(model(last, cache=cache)[:, -1:], axis=-1)
         mx.async_eval(last)
         out.append(last)
     return np.array(mx.concatenate(out, axis=1))

@@ -113,9 +113,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for who, rows in lines.items():
         xs, color = [flops(results, r) for r in rows], COLORS.get(rows[0]["predictor"], "black")
         dial = "; last 0, 0.1, 0.3 exact" if rows[-1]["mode"].startswith("exact-last") else ""
-        marker = {"10": "s", "14": "o"}.get(
-            str(rows[0]["layers"]), "*" if who == "the base, exactly" else "^"
-        )
+        marker = {10: "s", 14: "o"}.get(rows[0]["layers"], "*" if rows[0]["predictor"] == "exact" else "^")
         _points(right, xs, [r["pass@1"] for r in rows], color, f"{who}{dial}", marker)
     left.set_ylabel("agreement, 448 tokens of Python")
     right.set(ylabel="HumanEval pass@1", ylim=(0, 0.65))

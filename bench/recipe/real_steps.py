@@ -237,7 +237,7 @@ class RealPairs:
 
     def _bodies(self, prompt: int, count: int) -> Windows:
         rows = np.load(self._bodies_file(prompt, count))
-        return Windows(rows[:, :prompt], rows[:, prompt:], np.arange(len(rows)), np.full(len(rows), np.nan))
+        return Windows.of(rows[:, :prompt], rows[:, prompt:])
 
     def _bodies_file(self, prompt: int, count: int) -> Path:
         return self.folder / f"bodies-{prompt}-{count}.npy"

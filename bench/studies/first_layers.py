@@ -136,8 +136,7 @@ class Study:
         asked = questions(self._base.tokenizer, texts, prompt, count, seed=0)
         most = max(len(q.answer) for q in asked)
         kept = [q for q in asked if len(q.answer) == most]
-        rows = np.array([q.prompt for q in kept]), np.array([q.answer for q in kept])
-        self._record(name, Windows(*rows, np.arange(len(kept)), np.full(len(kept), np.nan)))
+        self._record(name, Windows.of(np.array([q.prompt for q in kept]), np.array([q.answer for q in kept])))
 
     def closed_forms(self, counts: Sequence[int]) -> None:
         """Fit on growing numbers of windows, and score each."""

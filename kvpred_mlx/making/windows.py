@@ -27,6 +27,12 @@ class Windows:
     documents: np.ndarray
     bytes: np.ndarray
 
+    @classmethod
+    def of(cls, prompts: np.ndarray, continuations: np.ndarray) -> Windows:
+        """Each of a document of its own, of which no text is known."""
+        count = len(prompts)
+        return cls(prompts, continuations, np.arange(count), np.full(count, np.nan))
+
     def __len__(self) -> int:
         return len(self.prompts)
 
