@@ -14,6 +14,7 @@ from kvpred_mlx import console
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from kvpred_mlx.making.reports import Report
     from kvpred_mlx.pair.model import KVPredictionModel
 
 Model = Annotated[
@@ -51,3 +52,19 @@ def open_pair(model: str | None) -> tuple[KVPredictionModel, TokenizerWrapper]:
     if tokenizer is None:
         raise ValueError(f"{path}: the pair has no tokenizer, expected one that reads text")
     return pair, tokenizer
+
+
+def tell(report: Report) -> None:
+    """Print what a training says of itself, as one line, from the first process alone."""
+    import mlx.core as mx
+
+    if mx.distributed.init().rank():
+        return
+    terms = ", ".join(
+        f"{name} {value:.4f}" for name, value in (report.terms or {"loss": report.loss}).items()
+    )
+    left = report.seconds_left / 60
+    print(
+        f"step {report.step}: {terms}, {report.tokens_per_second:.0f} tokens/s, {left:.1f} min left",
+        flush=True,
+    )

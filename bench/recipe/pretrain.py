@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from kvpred_mlx.bench.common import command
 from kvpred_mlx.making.data import PackedSequences
 from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.pairing import load_part
-from kvpred_mlx.making.reports import Report
 from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.making.step import Terms
 from kvpred_mlx.pair.config import build_model
@@ -92,7 +92,7 @@ def run(
     trainer = make(
         Curriculum(rows.rows, int(short * iters)), dataclasses.replace(settings, iters=iters), folder
     )
-    trainer.run(show)
+    trainer.run(command.tell)
     return trainer
 
 
@@ -128,14 +128,3 @@ def _affordable(trial: Trainer, minutes: float) -> int:
     seconds = (time.perf_counter() - start) / (TIMED_STEPS - TIMED_STEPS // 2)
     total: Any = mx.distributed.all_sum(mx.array(seconds)).item()  # alike in every process
     return max(1, int(60 * minutes * trial.group.size() / total))
-
-
-def show(report: Report) -> None:
-    """A line about a training's progress, from the first process alone."""
-    if not mx.distributed.init().rank():
-        left = report.seconds_left / 60
-        print(
-            f"step {report.step}: loss {report.loss:.3f}, {report.tokens_per_second:.0f} tokens/s, "
-            f"{left:.1f} min left",
-            flush=True,
-        )

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.recipe.bodies import write_bodies
 from kvpred_mlx.bench.recipe.requests import documented_functions
 from kvpred_mlx.console import progress_bar
@@ -27,7 +28,6 @@ from kvpred_mlx.making.joint import joint_trainer, restored_types
 from kvpred_mlx.making.pairing import LoadedModel, join, join_first_layers
 from kvpred_mlx.making.quality import measure
 from kvpred_mlx.making.recording import Recording, record
-from kvpred_mlx.making.reports import Report
 from kvpred_mlx.making.settings import FitSettings, TrainingSettings
 from kvpred_mlx.making.windows import Windows, cut_windows
 from kvpred_mlx.pair import sources
@@ -149,7 +149,7 @@ class RealPairs:
         if not out.exists():
             states = self.folder / f"{name}.joint.state"
             with restored_types(pair):
-                joint_trainer(pair, self._packed(), settings, state_folder=states).run(_tell)
+                joint_trainer(pair, self._packed(), settings, state_folder=states).run(command.tell)
             weights: Any = {role: module.parameters() for role, module in trained.items()}
             _write(out, lambda file: mx.save_safetensors(file, dict(tree_flatten(weights))))
         loaded: Any = tree_unflatten(list(mx.load(str(out)).items()))  # type: ignore[union-attr]
@@ -182,7 +182,9 @@ class RealPairs:
                 ]
             )
             with restored_types(pair):
-                as_used_trainer(pair, data, settings, state_folder=self.folder / f"{name}.state").run(_tell)
+                as_used_trainer(pair, data, settings, state_folder=self.folder / f"{name}.state").run(
+                    command.tell
+                )
             _write_weights(out, pair.predictor)
         pair.predictor.load_weights(str(out))
 
@@ -281,11 +283,3 @@ def _write(path: Path, make: Callable[[Any], object]) -> None:
 
 def _count(done: int, total: int, what: str | None = None) -> None:
     print(f"{what or 'measuring'}: {done} of {total} windows", flush=True)
-
-
-def _tell(report: Report) -> None:
-    terms = ", ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
-    print(
-        f"step {report.step}: {terms}, {report.tokens_per_second:.0f} tokens/s, {report.seconds_left:.0f} s left",
-        flush=True,
-    )

@@ -22,7 +22,7 @@ from kvpred_mlx.bench.common.formats import markdown_table
 from kvpred_mlx.bench.common.results import Results, begin, write_json
 from kvpred_mlx.bench.common.statistics import paired_ratio
 from kvpred_mlx.bench.recipe import corpus
-from kvpred_mlx.bench.recipe.pretrain import Curriculum, show
+from kvpred_mlx.bench.recipe.pretrain import Curriculum
 from kvpred_mlx.bench.recipe.steps import Recipe
 from kvpred_mlx.bench.ttft.measure import generate
 from kvpred_mlx.console import progress_bar
@@ -78,7 +78,9 @@ def make(folder: Path, variant: Variant) -> KVPredictionModel:
             training = TrainingSettings(variant.steps, 4, 1e-3, 0.02, warmup=20, dtype=default_dtype())
             halves = Curriculum(rows.rows, variant.steps)
             with restored_types(pair):
-                joint_trainer(pair, halves, training, state_folder=path.with_suffix(".state")).run(show)
+                joint_trainer(pair, halves, training, state_folder=path.with_suffix(".state")).run(
+                    command.tell
+                )
         save(path, pair, base.tokenizer)
     return load(path)[0]
 

@@ -165,7 +165,7 @@ class Study:
         trainer = as_used_trainer(pair, train, settings, state_folder=states, depth=depth)
         began = time.perf_counter()
         while trainer.step < settings.iters:
-            trainer.run(_tell, until=min(trainer.step + every, settings.iters))
+            trainer.run(command.tell, until=min(trainer.step + every, settings.iters))
             seconds = time.perf_counter() - began
             tokens = trainer.step * settings.batch_size * train.tokens_per_row
             self._score(pair, depth, f"trained, {trainer.step} steps", tokens, seconds)
@@ -299,10 +299,6 @@ def _flat(parameters: dict[str, Any]) -> dict[str, mx.array]:
     from mlx.utils import tree_flatten
 
     return dict(tree_flatten(parameters))
-
-
-def _tell(report: Any) -> None:
-    print(f"step {report.step}: {report.loss:.4f}, {report.seconds_left / 60:.1f} min left", flush=True)
 
 
 def _numbers(text: str) -> list[int]:
