@@ -25,7 +25,7 @@ def questions(tokenizer: Any, documents: Sequence[str], tokens: int, count: int,
 def recalled(
     prefill: Prefill,
     asked: Sequence[Question],
-    batch_size: int = 8,
+    batch_size: int,
     progress: ProgressCallback = no_progress,
 ) -> list[bool]:
     """Whether the model that `prefill` gives answers each question greedily, every token of it right."""
