@@ -351,12 +351,14 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     again = json.loads((text / "out" / "results.json").read_text())
     assert again["rows"] == results["rows"]
     forms = ["--base", text / "base", "--folder", text / "out", "--depth", 2, "--joined", "1"]
-    code, _, err = run("studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1)
+    code, _, err = run(
+        "studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1, "--iters", 2
+    )
     assert code == 0, err
     found = json.loads((text / "out" / "forms-2-5.json").read_text())["forms"]
     assert list(found) == [
-        "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention",
-        "joined with 1, weighted by attention", "gated MLP, 8 wide",
+        "linear", "rank 4", "rank 64", "linear, trained", "joined with 1", "joined with 1, trained",
+        "weighted by attention", "joined with 1, weighted by attention", "gated MLP, 8 wide",
     ]  # fmt: skip
     zero = found["rank 64"]["over linear"]["agreement"]
     assert (
@@ -364,17 +366,32 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     )  # as many ranks as features
     write_model(text / "small", "llama", demo_pair[1])
     both = [*forms[:4], "--auxiliary", text / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
-    code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)
+    kinds = ["--kinds", "rank,joined,attention,joined-attention,mlp"]
+    code, _, err = run("studies.predictor_forms", *both, *kinds, "--epochs", 1)
     assert code == 0, err
     found = json.loads((text / "out" / "forms-small-5.json").read_text())["forms"]
     assert [name for name in found if name.startswith("joined")] == [
         f"joined with {k}" for k in ("1", "2", "1, 2")
     ] + ["joined with 1, 2, weighted by attention"]
-    more = ["--depth", 1, "--kinds", "joined,joined-attention", "--joined", 0]
-    code, _, err = run("studies.predictor_forms", *both[:4], "--auxiliary", text / "small", *more)
+    more = ["--depth", 1, "--kinds", "joined,joined-attention,joined-trained", "--joined", 0]
+    more += ["--iters", 10, "--batch-size", 5, "--learning-rate", 3e-3]
+    joined = [*both[:4], "--auxiliary", text / "small", *more]
+    code, _, err = run("studies.predictor_forms", *joined, "--held-out", "train")
     assert code == 0, err
     found = json.loads((text / "out" / "forms-1-small-5.json").read_text())["forms"]
-    assert list(found) == ["linear", "joined with 0", "joined with 0, weighted by attention"]
+    fitted, trained = (
+        found[name]["itself"]["divergence"]["mean"] for name in ("joined with 0", "joined with 0, trained")
+    )
+    assert trained < 0.98 * fitted  # on the windows that it was trained on
+    code, _, err = run("studies.predictor_forms", *joined)
+    assert code == 0, err
+    found = json.loads((text / "out" / "forms-1-small-5.json").read_text())["forms"]
+    assert list(found) == [
+        "linear",
+        "joined with 0",
+        "joined with 0, trained",
+        "joined with 0, weighted by attention",
+    ]
     alone = ["--depth", 1, "--kinds", "rank", "--joined", 0, "--ranks", 4]
     code, _, err = run("studies.predictor_forms", *both[:4], *alone)
     assert code == 0, err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,19 +12,22 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvpred_mlx.bench.common import command
 from kvpred_mlx.console import progress_bar
 from kvpred_mlx.dial.importance import Importance
 from kvpred_mlx.making.as_used import AsUsedLoss
 from kvpred_mlx.making.layer_maps import even
+from kvpred_mlx.making.loop import Trainer
 from kvpred_mlx.making.moments import Moments, Ridge
 from kvpred_mlx.making.recorded_quality import Scores, score
 from kvpred_mlx.making.recording import Batch, Recording
+from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
-KINDS = ("rank", "joined", "attention", "joined-attention", "mlp")
+KINDS = ("rank", "joined", "attention", "joined-attention", "mlp", "trained", "joined-trained")
 RIDGES = (1e-4, 1e-3, 1e-2)
 HELD_OUT = 8  # one window in so many chooses the ridge
 Form = Callable[[Batch], mx.array]  # the predicted keys and values, side by side, `[B, P - 1, width]`
@@ -64,7 +68,13 @@ class Forms:
         return [*(f"layer_{k}" for k in others if k < self._depth), part.features]
 
     def forms(
-        self, kinds: list[str], others: list[int], ranks: list[int], hidden: int, epochs: int
+        self,
+        kinds: list[str],
+        others: list[int],
+        ranks: list[int],
+        hidden: int,
+        epochs: int,
+        training: TrainingSettings,
     ) -> Iterator[tuple[str, Form]]:
         """Each form of these kinds by name; the linear map first."""
         sums = self._sums([])
@@ -75,8 +85,15 @@ class Forms:
             low = [(_low_rank(w, a + b, rank), bias) for (w, bias), (a, b) in zip(maps, sums, strict=True)]
             yield f"rank {rank}", self._linear([], low)
         choices = [[k] for k in others] + ([others] if len(others) > 1 else [])
+        if "trained" in kinds:
+            yield "linear, trained", self._trained(linear, training)
+        joined: _Linear | None = None
         for chosen in choices if "joined" in kinds else []:
-            yield _joined_with(chosen), self._fitted(chosen)
+            joined = self._fitted(chosen)  # at last with all others
+            yield _joined_with(chosen), joined
+        if "joined-trained" in kinds:
+            begun = self._fitted(others) if joined is None else joined
+            yield f"{_joined_with(others)}, trained", self._trained(begun, training)
         weights = self._attention() if {"attention", "joined-attention"} & {*kinds} else None
         if "attention" in kinds:
             yield "weighted by attention", self._fitted([], weights)
@@ -89,18 +106,21 @@ class Forms:
         """Of the held-out windows."""
         return score(self._pair, self.held, loss=_FormLoss(self.held, form))
 
-    def _fitted(self, others: list[int], weights: np.ndarray | None = None) -> Form:
+    def _fitted(self, others: list[int], weights: np.ndarray | None = None) -> _Linear:
         return self._linear(others, [_solve(*s) for s in self._sums(others, weights)])
 
-    def _linear(self, others: list[int], maps: list[Map]) -> Form:
-        loaded = [(mx.array(w.T.astype(np.float32)), mx.array(b.astype(np.float32))) for w, b in maps]
-        named = [self.joined(part, others) for part in self.parts()]
+    def _linear(self, others: list[int], maps: list[Map]) -> _Linear:
+        return _Linear([self.joined(part, others) for part in self.parts()], maps)
 
-        def form(batch: Batch) -> mx.array:
-            made = (_features(batch, n) @ w + b for n, (w, b) in zip(named, loaded, strict=True))
-            return mx.concatenate(list(made), axis=-1)
-
-        return form
+    def _trained(self, form: _Linear, settings: TrainingSettings) -> _Linear:
+        """The same maps, trained as the cache is used, on the windows that they were fitted on."""
+        trained = copy.deepcopy(form)
+        loss = _FormLoss(self.train, trained)
+        trainer = Trainer(
+            trained, lambda _, batch: loss(self._pair, batch), self.train, settings, compiled=False
+        )
+        trainer.run(command.tell)
+        return trained
 
     def _sums(self, others: list[int], weights: np.ndarray | None = None) -> list[tuple[Moments, Moments]]:
         """Of each part: of the windows that are fitted, and of those that choose the ridge.
@@ -228,6 +248,23 @@ class BothForms(Forms):
     def joined(self, part: Part, others: list[int]) -> list[str]:
         own = [f"layer_{self._depth}"]
         return [*self._two.joined(part, [0, *others]), *own] if others else own
+
+
+class _Linear(nn.Module):
+    """One linear map for each part, from the features named."""
+
+    def __init__(self, named: list[list[str]], maps: list[Map]):
+        super().__init__()
+        self._named = named
+        self.weights = [mx.array(weight.T.astype(np.float32)) for weight, _ in maps]
+        self.biases = [mx.array(bias.astype(np.float32)) for _, bias in maps]
+
+    def __call__(self, batch: Batch) -> mx.array:
+        made = (
+            _features(batch, names) @ weight + bias
+            for names, weight, bias in zip(self._named, self.weights, self.biases, strict=True)
+        )
+        return mx.concatenate(list(made), axis=-1)
 
 
 class _Gated(nn.Module):

@@ -2,8 +2,9 @@
 
 `python -m kvpred_mlx.bench.studies.predictor_forms --base BASE --folder FOLDER --depth 14 --joined 7,10`, with the
 folder of `kvpred_mlx.bench.studies.first_layers`: the linear map, features of several layers joined, regression
-weighted by the attention that the base pays to each token, both of these, low-rank maps, and a small gated MLP
-beside the linear map; differences from the linear map are paired, window by window.  With `--auxiliary SMALL` in the
+weighted by the attention that the base pays to each token, both of these, low-rank maps, a small gated MLP beside the
+linear map, and the linear or the joined map trained as the cache is used, `--iters` steps on the windows that it was
+fitted on; differences from the linear map are paired, window by window.  With `--auxiliary SMALL` in the
 place of `--depth` the same for a pair of two models, whose even map joins each layer with those so many layers
 before it; with both, what the second model reads is joined to what layer `--depth` reads.
 """
@@ -26,6 +27,7 @@ from kvpred_mlx.files import write_file
 from kvpred_mlx.making.pairing import load_part
 from kvpred_mlx.making.recorded_quality import Scores, estimates
 from kvpred_mlx.making.recording import FACTS, Recording, write_json
+from kvpred_mlx.making.settings import TrainingSettings
 from kvpred_mlx.pair import sources
 from kvpred_mlx.taps.kv_taps import KVTaps
 
@@ -48,6 +50,9 @@ def main(
     ranks: Annotated[list[str] | None, typer.Option(help="Of low-rank maps.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Width of each gated MLP.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 8,
+    iters: Annotated[int, typer.Option(min=1, help="Steps of the kinds that are trained.")] = 48,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 3e-4,
     held_out: Annotated[str, typer.Option(help="The recording to measure on.")] = "held-448",
 ) -> None:
     """Compare forms of the predictor, at equal or nearly equal TTFT."""
@@ -73,7 +78,10 @@ def main(
     rows: dict[str, Any] = {}
     linear: Scores | None = None
     given = numbers("--ranks", ranks or ["64,256"], 1)
-    for form_name, form in study.forms(chosen, distances, given, hidden, epochs):
+    training = TrainingSettings(
+        iters, batch_size, learning_rate, warmup=min(10, iters // 5), weight_decay=0.0, steps_per_report=4
+    )
+    for form_name, form in study.forms(chosen, distances, given, hidden, epochs, training):
         scores = study.score(form)
         linear = linear or scores
         found = {
@@ -91,18 +99,19 @@ def main(
 
 def read_by(auxiliary: KVTaps, recording: Recording, folder: Path, windows: int | None) -> Recording:
     """The same windows, less than all of them if `windows` says so, with what a second model's layers read of them."""
-    if (folder / FACTS).is_file():
+    count = min(windows or len(recording), len(recording))
+    read = Recording(folder).done if (folder / FACTS).is_file() else 0
+    if read >= count:
         return Recording(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads((recording.folder / FACTS).read_text())
-    count = min(windows or len(recording), len(recording))
     for name in facts["arrays"]:
         link = folder / f"{name}.npy"
         link.unlink(missing_ok=True)
         link.symlink_to((recording.folder / link.name).resolve())
     features: dict[str, int] = {}
     with progress_bar("reading") as progress:
-        for i in range(count):
+        for i in range(read, count):
             tokens = recording.rows([i], features=[])["prompts"][:, :-1]
             for j, (array,) in enumerate(sources.record("hidden", auxiliary, tokens)[0]):
                 place, shape = folder / f"auxiliary_{j}.npy", (len(recording), *array.shape[1:])
