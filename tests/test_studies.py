@@ -20,6 +20,10 @@ from kvpred_mlx.bench.common import command
 from kvpred_mlx.bench.readme import RESULTS
 from kvpred_mlx.bench.recipe import real_report
 from kvpred_mlx.bench.studies import convert_memory, hybrids, pieces, scans
+from kvpred_mlx.bench.studies.predictor_forms import read_by
+from kvpred_mlx.making.pairing import load_part
+from kvpred_mlx.making.recording import Recording
+from kvpred_mlx.taps.kv_taps import KVTaps
 
 STUDIES = [
     f"studies.{name}"
@@ -351,14 +355,12 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     again = json.loads((text / "out" / "results.json").read_text())
     assert again["rows"] == results["rows"]
     forms = ["--base", text / "base", "--folder", text / "out", "--depth", 2, "--joined", "1"]
-    code, _, err = run(
-        "studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1, "--iters", 2
-    )
+    code, _, err = run("studies.predictor_forms", *forms, "--ranks", "4,64", "--hidden", 8, "--epochs", 1)
     assert code == 0, err
     found = json.loads((text / "out" / "forms-2-5.json").read_text())["forms"]
     assert list(found) == [
-        "linear", "rank 4", "rank 64", "linear, trained", "joined with 1", "joined with 1, trained",
-        "weighted by attention", "joined with 1, weighted by attention", "gated MLP, 8 wide",
+        "linear", "rank 4", "rank 64", "joined with 1", "weighted by attention",
+        "joined with 1, weighted by attention", "gated MLP, 8 wide",
     ]  # fmt: skip
     zero = found["rank 64"]["over linear"]["agreement"]
     assert (
@@ -366,19 +368,25 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     )  # as many ranks as features
     write_model(text / "small", "llama", demo_pair[1])
     both = [*forms[:4], "--auxiliary", text / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
-    kinds = ["--kinds", "rank,joined,attention,joined-attention,mlp"]
-    code, _, err = run("studies.predictor_forms", *both, *kinds, "--epochs", 1)
+    code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)
     assert code == 0, err
     found = json.loads((text / "out" / "forms-small-5.json").read_text())["forms"]
     assert [name for name in found if name.startswith("joined")] == [
         f"joined with {k}" for k in ("1", "2", "1, 2")
     ] + ["joined with 1, 2, weighted by attention"]
+    small, train = KVTaps(load_part(text / "small").model), Recording(text / "out" / "train")
+    whole = Recording(text / "out" / "train-small").rows(slice(0, 4))
+    for count in (2, 4, 1):  # goes on with more, and takes no more than it is asked for
+        some = read_by(small, train, text / "again", count)
+        assert len(some) == count
+    assert all(mx.array_equal(whole[k], v) for k, v in Recording(text / "again").rows(slice(0, 4)).items())
     more = ["--depth", 1, "--kinds", "joined,joined-attention,joined-trained", "--joined", 0]
     more += ["--iters", 10, "--batch-size", 5, "--learning-rate", 3e-3]
     joined = [*both[:4], "--auxiliary", text / "small", *more]
     code, _, err = run("studies.predictor_forms", *joined, "--held-out", "train")
     assert code == 0, err
     found = json.loads((text / "out" / "forms-1-small-5.json").read_text())["forms"]
+    assert json.loads((text / "out" / "forms-1-small-5.json").read_text())["training"]["iters"] == 10
     fitted, trained = (
         found[name]["itself"]["divergence"]["mean"] for name in ("joined with 0", "joined with 0, trained")
     )

@@ -94,7 +94,7 @@ def pareto(
     return results
 
 
-def at_once(tokens: int) -> int:
+def prompts_at_once(tokens: int) -> int:
     """How many prompts of so many tokens are read side by side."""
     return max(1, min(8, TOKENS_AT_ONCE // tokens))
 
@@ -133,7 +133,7 @@ class _Front:
                 windows,
                 ends | {label(c): self._prefill(c) for c in cells},
                 over=OVER if any(label(c) == OVER for c in cells) else None,
-                batch_size=at_once(n),
+                batch_size=prompts_at_once(n),
                 seed=self.settings.seed,
                 progress=self._telling(f"{n} tokens: text"),
                 begun=begun,
@@ -167,7 +167,7 @@ class _Front:
             prefill = self._prefill(cell)
             telling = self._telling(f"{n} tokens: recall, {label(cell)}")
             cell["recall"] = recall_score.summary(
-                asked, recall_score.recalled(prefill, asked, at_once(n), progress=telling)
+                asked, recall_score.recalled(prefill, asked, prompts_at_once(n), progress=telling)
             )
             self.finished(self.results)
         for cell in cells:

@@ -87,9 +87,9 @@ class Forms:
         choices = [[k] for k in others] + ([others] if len(others) > 1 else [])
         if "trained" in kinds:
             yield "linear, trained", self._trained(linear, training)
-        joined: _Linear | None = None
+        joined: _Maps | None = None
         for chosen in choices if "joined" in kinds else []:
-            joined = self._fitted(chosen)  # at last with all others
+            joined = self._fitted(chosen)  # the last choice joins all of them
             yield _joined_with(chosen), joined
         if "joined-trained" in kinds:
             begun = self._fitted(others) if joined is None else joined
@@ -106,13 +106,13 @@ class Forms:
         """Of the held-out windows."""
         return score(self._pair, self.held, loss=_FormLoss(self.held, form))
 
-    def _fitted(self, others: list[int], weights: np.ndarray | None = None) -> _Linear:
+    def _fitted(self, others: list[int], weights: np.ndarray | None = None) -> _Maps:
         return self._linear(others, [_solve(*s) for s in self._sums(others, weights)])
 
-    def _linear(self, others: list[int], maps: list[Map]) -> _Linear:
-        return _Linear([self.joined(part, others) for part in self.parts()], maps)
+    def _linear(self, others: list[int], maps: list[Map]) -> _Maps:
+        return _Maps([self.joined(part, others) for part in self.parts()], maps)
 
-    def _trained(self, form: _Linear, settings: TrainingSettings) -> _Linear:
+    def _trained(self, form: _Maps, settings: TrainingSettings) -> _Maps:
         """The same maps, trained as the cache is used, on the windows that they were fitted on."""
         trained = copy.deepcopy(form)
         loss = _FormLoss(self.train, trained)
@@ -250,7 +250,7 @@ class BothForms(Forms):
         return [*self._two.joined(part, [0, *others]), *own] if others else own
 
 
-class _Linear(nn.Module):
+class _Maps(nn.Module):
     """One linear map for each part, from the features named."""
 
     def __init__(self, named: list[list[str]], maps: list[Map]):

@@ -46,7 +46,9 @@ def main(
     windows: Annotated[
         int | None, typer.Option(min=HELD_OUT, help="To fit on. Default: all recorded.")
     ] = None,
-    kinds: Annotated[str, typer.Option(help="Beside the linear map.")] = ",".join(KINDS),
+    kinds: Annotated[str, typer.Option(help=f"Beside the linear map: {', '.join(KINDS)}.")] = ",".join(
+        KINDS[:5]
+    ),
     ranks: Annotated[list[str] | None, typer.Option(help="Of low-rank maps.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Width of each gated MLP.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="Of their training.")] = 8,
@@ -93,40 +95,47 @@ def main(
         }
         print(form_name, json.dumps(rows[form_name]["over linear"]), flush=True)
         facts = {"base": Path(base).name, "read by": name, "windows": len(study.train), "forms": rows}
+        if {"trained", "joined-trained"} & {*chosen}:
+            facts["training"] = dataclasses.asdict(training)
         text = json.dumps(facts, indent=1)
         write_file(folder / f"forms-{name}.json", lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
 
 
 def read_by(auxiliary: KVTaps, recording: Recording, folder: Path, windows: int | None) -> Recording:
-    """The same windows, less than all of them if `windows` says so, with what a second model's layers read of them."""
+    """The same windows, less than all of them if `windows` says so, with what a second model's layers read of them.
+
+    Goes on where it was stopped, or with more windows than were read before.
+    """
     count = min(windows or len(recording), len(recording))
     read = Recording(folder).done if (folder / FACTS).is_file() else 0
-    if read >= count:
-        return Recording(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = json.loads((recording.folder / FACTS).read_text())
-    for name in facts["arrays"]:
-        link = folder / f"{name}.npy"
-        link.unlink(missing_ok=True)
-        link.symlink_to((recording.folder / link.name).resolve())
-    features: dict[str, int] = {}
-    with progress_bar("reading") as progress:
-        for i in range(read, count):
-            tokens = recording.rows([i], features=[])["prompts"][:, :-1]
-            for j, (array,) in enumerate(sources.record("hidden", auxiliary, tokens)[0]):
-                place, shape = folder / f"auxiliary_{j}.npy", (len(recording), *array.shape[1:])
-                if i == 0:
-                    np.lib.format.open_memmap(place, "w+", np.float16, shape).flush()
-                np.load(place, mmap_mode="r+")[i] = np.array(array.astype(mx.float32))[0]
-                features[place.stem] = array.shape[-1]
-            progress(i + 1, count)
-    facts |= {
-        "features": facts["features"] | features,
-        "arrays": [*facts["arrays"], *features],
-        "done": count,
-    }
-    write_json(folder / FACTS, facts)
-    return Recording(folder)
+    if read < count:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = json.loads((recording.folder / FACTS).read_text())
+        for name in facts["arrays"]:
+            link = folder / f"{name}.npy"
+            link.unlink(missing_ok=True)
+            link.symlink_to((recording.folder / link.name).resolve())
+        rows = len(np.load(recording.folder / "prompts.npy", mmap_mode="r"))
+        with progress_bar("reading") as progress:
+            for i in range(read, count):
+                tokens = recording.rows([i], features=[])["prompts"][:, :-1]
+                features: dict[str, int] = {}
+                for j, (array,) in enumerate(sources.record("hidden", auxiliary, tokens)[0]):
+                    place, shape = folder / f"auxiliary_{j}.npy", (rows, *array.shape[1:])
+                    if i == 0:
+                        np.lib.format.open_memmap(place, "w+", np.float16, shape).flush()
+                    np.load(place, mmap_mode="r+")[i] = np.array(array.astype(mx.float32))[0]
+                    features[place.stem] = array.shape[-1]
+                now = {
+                    "features": facts["features"] | features,
+                    "arrays": [*facts["arrays"], *features],
+                    "done": i + 1,
+                }
+                write_json(folder / FACTS, facts | now)
+                progress(i + 1, count)
+    found = Recording(folder)
+    found.done = min(found.done, count)
+    return found
 
 
 if __name__ == "__main__":
