@@ -385,10 +385,11 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     joined = [*both[:4], "--auxiliary", text / "small", *more]
     code, _, err = run("studies.predictor_forms", *joined, "--held-out", "train")
     assert code == 0, err
-    found = json.loads((text / "out" / "forms-1-small-5.json").read_text())["forms"]
-    assert json.loads((text / "out" / "forms-1-small-5.json").read_text())["training"]["iters"] == 10
+    results = json.loads((text / "out" / "forms-1-small-5.json").read_text())
+    assert results["training"]["iters"] == 10
     fitted, trained = (
-        found[name]["itself"]["divergence"]["mean"] for name in ("joined with 0", "joined with 0, trained")
+        results["forms"][name]["itself"]["divergence"]["mean"]
+        for name in ("joined with 0", "joined with 0, trained")
     )
     assert trained < 0.98 * fitted  # on the windows that it was trained on
     code, _, err = run("studies.predictor_forms", *joined)

@@ -60,9 +60,7 @@ def tell(report: Report) -> None:
 
     if mx.distributed.init().rank():
         return
-    terms = ", ".join(
-        f"{name} {value:.4f}" for name, value in (report.terms or {"loss": report.loss}).items()
-    )
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": report.loss, **report.terms}.items())
     left = report.seconds_left / 60
     print(
         f"step {report.step}: {terms}, {report.tokens_per_second:.0f} tokens/s, {left:.1f} min left",

@@ -27,7 +27,9 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
-KINDS = ("rank", "joined", "attention", "joined-attention", "mlp", "trained", "joined-trained")
+TRAINED = ("trained", "joined-trained")  # as the cache is used: by far the longest, so only if asked for
+FITTED = ("rank", "joined", "attention", "joined-attention", "mlp")  # to the true keys and values
+KINDS = FITTED + TRAINED
 RIDGES = (1e-4, 1e-3, 1e-2)
 HELD_OUT = 8  # one window in so many chooses the ridge
 Form = Callable[[Batch], mx.array]  # the predicted keys and values, side by side, `[B, P - 1, width]`

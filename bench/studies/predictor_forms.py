@@ -21,7 +21,7 @@ import numpy as np
 import typer
 
 from kvpred_mlx.bench.common import command
-from kvpred_mlx.bench.studies.forms import HELD_OUT, KINDS, BothForms, Forms, TwoModelForms
+from kvpred_mlx.bench.studies.forms import FITTED, HELD_OUT, KINDS, TRAINED, BothForms, Forms, TwoModelForms
 from kvpred_mlx.console import numbers, progress_bar
 from kvpred_mlx.files import write_file
 from kvpred_mlx.making.pairing import load_part
@@ -47,7 +47,7 @@ def main(
         int | None, typer.Option(min=HELD_OUT, help="To fit on. Default: all recorded.")
     ] = None,
     kinds: Annotated[str, typer.Option(help=f"Beside the linear map: {', '.join(KINDS)}.")] = ",".join(
-        KINDS[:5]
+        FITTED
     ),
     ranks: Annotated[list[str] | None, typer.Option(help="Of low-rank maps.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Width of each gated MLP.")] = 256,
@@ -95,7 +95,7 @@ def main(
         }
         print(form_name, json.dumps(rows[form_name]["over linear"]), flush=True)
         facts = {"base": Path(base).name, "read by": name, "windows": len(study.train), "forms": rows}
-        if {"trained", "joined-trained"} & {*chosen}:
+        if {*TRAINED} & {*chosen}:
             facts["training"] = dataclasses.asdict(training)
         text = json.dumps(facts, indent=1)
         write_file(folder / f"forms-{name}.json", lambda beside, text=text: beside.write_text(text))  # type: ignore[misc]
