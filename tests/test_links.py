@@ -379,8 +379,11 @@ def test_shipped_predictors_are_small_and_measured(run):
 
 
 def test_pairs_lists_what_is_there(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, err = run("pairs", "--offline")
-    assert code == 0 and "pycode" in out and err == ""
+    assert code == 0 and err == "" and all(f"{name} " in out for name in BUNDLED)  # no name is broken in two
+    repository = json.loads((BUNDLED[SHIPPED[0]] / "config.json").read_text())["base"]["path_or_hf_repo"]
+    assert out.count(f"{', '.join(SHIPPED)}: {repository}, ") == 1
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, out, err = run("pairs", "--json")
     listed = json.loads(out)

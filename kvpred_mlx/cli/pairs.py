@@ -23,15 +23,15 @@ def pairs(
     from kvpred_mlx.pair.catalogue import TAG, bundled, on_the_hub
 
     here, there = list(bundled()), list[str]()
+    if not as_json:
+        _show(here)  # first: a hub that does not answer is asked again and again for half a minute
     try:
         there = [] if offline else on_the_hub()
     except OSError as error:
         print(f"note: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps({"bundled": [asdict(pair) for pair in here], "hub": there}))
-        return
-    _show(here)
-    if there:
+    elif there:
         print(f"\non the Hugging Face hub, under the tag {TAG}:")
         print("\n".join(there))
 
@@ -42,14 +42,15 @@ def _show(listed: list[Listed]) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("name", "base", "prompts are read by", "MB", "retention", "agreement", "parts"):
-        table.add_column(column, justify="right" if column == "MB" else "left", overflow="fold")
+    for column in ("name", "prompts are read by", "MB", "retention", "agreement"):
+        table.add_column(column, justify="right" if column == "MB" else "left", no_wrap=True)
     for pair in listed:
-        parts = [
-            f"{name}: {'there' if there else 'not downloaded yet'}" for name, there in pair.parts.items()
-        ]
         table.add_row(
-            pair.name, pair.base or "its own", pair.reads, f"{(pair.bytes or 0) / 1e6:.1f}",
-            pair.figures.get("retention", ""), pair.figures.get("agreement", ""), "\n".join(parts) or "complete",
+            pair.name, pair.reads, f"{(pair.bytes or 0) / 1e6:.1f}",
+            pair.figures.get("retention", ""), pair.figures.get("agreement", ""),
         )  # fmt: skip
     Console().print(table)
+    print()
+    for part, there in {part: there for pair in listed for part, there in pair.parts.items()}.items():
+        of = ", ".join(pair.name for pair in listed if part in pair.parts)
+        print(f"{of}: {part}, {'in the local cache' if there else 'not downloaded yet'}", flush=True)
