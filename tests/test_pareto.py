@@ -18,7 +18,7 @@ from kvpred_mlx.bench.front import files, recall_score
 from kvpred_mlx.bench.front import pareto as module
 from kvpred_mlx.bench.front import report as pareto_report
 from kvpred_mlx.bench.front.cells import SHOWN, label
-from kvpred_mlx.bench.front.pareto import pareto, prompts_at_once
+from kvpred_mlx.bench.front.pareto import pareto
 from kvpred_mlx.bench.front.plot import STYLES, _styles
 from kvpred_mlx.bench.front.recall import Question
 from kvpred_mlx.bench.front.settings import FrontSettings
@@ -284,12 +284,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(de
     monkeypatch.setattr(module.quality, "measure", lambda *a, **k: pytest.fail("measured first"))
     with pytest.raises(OSError, match="No space left"):
         pareto(demo_pair[0], "pycode", SETTINGS, data, finished=full)
-
-
-@pytest.mark.parametrize(("tokens", "prompts"), [(128, 8), (512, 8), (1984, 2), (5000, 1)])
-def test_long_prompts_are_read_fewer_at_a_time(tokens, prompts):
-    """Eight of 1,984 tokens, read by two models of 1.5 and 0.5 billion parameters, ran out of 24 GB."""
-    assert prompts_at_once(tokens) == prompts
 
 
 # Recall

@@ -19,7 +19,7 @@ from kvpred_mlx.making.estimates import Estimate, Resampling
 from kvpred_mlx.making.fit import fit
 from kvpred_mlx.making.quality import METRICS, measure, modes_of
 from kvpred_mlx.making.settings import FitSettings
-from kvpred_mlx.making.windows import cut_windows
+from kvpred_mlx.making.windows import cut_windows, prompts_at_once
 
 DOCUMENTS = [np.random.default_rng(i).integers(1, 127, 60 + 7 * i).tolist() for i in range(6)]
 
@@ -167,3 +167,9 @@ def test_recall_prompts(demo_pair, kind, depth):
         assert facts and max(facts.values()) <= 4 and sum(facts.values()) >= 2 * len(facts)
     with pytest.raises(ValueError, match="20 tokens, expected at least"):
         task.question("key-value", 20, depth)
+
+
+@pytest.mark.parametrize(("tokens", "prompts"), [(128, 8), (512, 8), (1984, 2), (5000, 1)])
+def test_long_prompts_are_read_fewer_at_a_time(tokens, prompts):
+    """Eight of 1,984 tokens, read by two models of 1.5 and 0.5 billion parameters, ran out of 24 GB."""
+    assert prompts_at_once(tokens) == prompts

@@ -29,7 +29,7 @@ from kvpred_mlx.bench.front.text import Data
 from kvpred_mlx.errors import changes
 from kvpred_mlx.making import quality
 from kvpred_mlx.making.quality import Prefill
-from kvpred_mlx.making.windows import Windows
+from kvpred_mlx.making.windows import Windows, prompts_at_once
 from kvpred_mlx.pair.description import weights_checksum
 from kvpred_mlx.pair.model import KVPredictionModel
 from kvpred_mlx.progress import ProgressCallback, no_progress
@@ -37,7 +37,6 @@ from kvpred_mlx.progress import ProgressCallback, no_progress
 SCHEMA = 2
 KIND = "pareto"
 OVER = "predicted"  # what gains are over
-TOKENS_AT_ONCE = 4096  # of prompts side by side: eight of 2,000 read by two models do not fit 24 GB
 
 
 def pareto(
@@ -94,11 +93,6 @@ def pareto(
     return results
 
 
-def prompts_at_once(tokens: int) -> int:
-    """How many prompts of so many tokens are read side by side."""
-    return max(1, min(8, TOKENS_AT_ONCE // tokens))
-
-
 def first_token_seconds(prefill: Prefill, tokens: mx.array) -> float:
     """Seconds until the value of the first token after `tokens` [1, n] is on the host."""
     mx.clear_cache()
@@ -133,7 +127,6 @@ class _Front:
                 windows,
                 ends | {label(c): self._prefill(c) for c in cells},
                 over=OVER if any(label(c) == OVER for c in cells) else None,
-                batch_size=prompts_at_once(n),
                 seed=self.settings.seed,
                 progress=self._telling(f"{n} tokens: text"),
                 begun=begun,

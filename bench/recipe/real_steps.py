@@ -215,10 +215,7 @@ class RealPairs:
             return
         nn.quantize(pair.predictor, 64, bits)
         mx.eval(pair.predictor.parameters())
-        figures = [
-            measure(pair, cut, batch_size=max(1, 3584 // cut.prompts.shape[1]), progress=_count)
-            for cut in held
-        ]
+        figures = [measure(pair, cut, progress=_count) for cut in held]
         read = (
             f"its first {pair.predictor.depths[0]} layers"
             if isinstance(pair.predictor, FirstLayersPredictor)

@@ -217,9 +217,8 @@ class Study:
         predictor = FirstLayersPredictor(self._depths, self._taps.input_widths, self._taps.widths)
         pair = KVPredictionModel(self._taps, None, predictor)
         began = time.perf_counter()
-        size = max(1, 2048 // windows.prompts.shape[1])
         self._recordings[name] = record(
-            pair, windows, self._folder / name, batch_size=size,
+            pair, windows, self._folder / name,
             progress=lambda done, total, what=None: print(f"{name}: {done} of {total} windows", flush=True),
         )  # fmt: skip
         self.results["seconds"].setdefault(f"recording {name}", time.perf_counter() - began)

@@ -28,7 +28,9 @@ def quality(
     ] = None,
     score_tokens: o.ScoreTokens = 64,
     windows: o.Windows = 160,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at a time. Default: 4,096 tokens of them, at most 8.")
+    ] = None,
     all_documents: o.AllDocuments = False,
     text_key: o.TextKey = "text",
     exact_first: ExactFirst = None,

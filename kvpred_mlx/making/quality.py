@@ -99,7 +99,7 @@ def measure(
     modes: Mapping[str, Prefill] | None = None,
     *,
     over: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: ProgressCallback = no_progress,
     begun: dict[str, Any] | None = None,
@@ -110,6 +110,7 @@ def measure(
         modes: `exact` (the base's own prefill, whose pass tells explained variances too) and `no prompt` must be among
             them (default: `modes_of(pair)`).
         over: the mode that `gains` are over.
+        batch_size: windows side by side (default: `windows.at_once`).
         progress: called with the number of windows done and their total.
         begun: what an interrupted call with the same windows and modes left in it, or {}; ready for JSON, kept up after
             every batch.  Explained variances are of the windows since then alone.
@@ -117,6 +118,7 @@ def measure(
     Raises:
         ValueError: a number is out of range.
     """
+    batch_size = windows.at_once if batch_size is None else batch_size
     numbers = {"batch_size": batch_size, "seed": seed}
     check_ranges(numbers, {"batch_size": 1, "seed": 0}, whole=numbers)
     modes = modes_of(pair) if modes is None else modes

@@ -74,7 +74,7 @@ def record(
     windows: Windows,
     folder: Path,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Recording:
     """Record windows; what an interrupted recording has already is not computed again.
@@ -82,12 +82,14 @@ def record(
     Args:
         pair: its base is run once over every window; of its predictor only the features' names count.
         folder: made if it is not there.
+        batch_size: windows side by side (default: `windows.at_once`).
         progress: called with the number of windows done and their total.
 
     Raises:
         ValueError: `folder` holds a recording of other windows or of another pair.
     """
     recording = Recording.begin(folder, Layout.of(pair), windows)
+    batch_size = windows.at_once if batch_size is None else batch_size
     for start in range(recording.done, len(windows), batch_size):
         progress(start, len(windows), "recording")
         rows = slice(start, min(start + batch_size, len(windows)))

@@ -10,6 +10,8 @@ import numpy as np
 
 from kvpred_mlx.errors import check_ranges
 
+TOKENS_AT_ONCE = 4096  # of prompts side by side: eight of 2,000 read by two models of 1.5B do not fit 24 GB
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -36,9 +38,19 @@ class Windows:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def at_once(self) -> int:
+        """How many are read side by side, unless somebody says so."""
+        return prompts_at_once(self.prompts.shape[1])
+
     def take(self, order: np.ndarray) -> Windows:
         """Those of the indices `order`, in that order."""
         return Windows(*(getattr(self, field.name)[order] for field in fields(self)))
+
+
+def prompts_at_once(tokens: int) -> int:
+    """How many prompts of so many tokens are read side by side: at most eight, and at least one."""
+    return max(1, min(8, TOKENS_AT_ONCE // tokens))
 
 
 def cut_windows(
