@@ -366,6 +366,15 @@ def test_first_layers_and_predictor_forms(text, run, demo_pair):
     assert (
         zero["mean"] == found["linear"]["over linear"]["agreement"]["mean"] == 0
     )  # as many ranks as features
+    adapted = ["--kinds", "trained,adapted-trained", "--adapter-rank", 4, "--iters", 10, "--batch-size", 5]
+    adapted += ["--learning-rate", 3e-3, "--held-out", "train"]
+    code, _, err = run("studies.predictor_forms", *forms, *adapted)
+    assert code == 0, err
+    found = json.loads((text / "out" / "forms-2-5.json").read_text())["forms"]
+    linear, maps, both = (found[name]["itself"]["divergence"]["mean"] for name in found)
+    assert list(found)[2] == "adapters of rank 4, trained" and both != maps and max(both, maps) < linear
+    found = run("studies.predictor_forms", *forms, *adapted, "--auxiliary", text / "base")
+    fails(found, 2, "predictor_forms", "--depth alone")
     write_model(text / "small", "llama", demo_pair[1])
     both = [*forms[:4], "--auxiliary", text / "small", "--joined", "1,2", "--ranks", 4, "--hidden", 4]
     code, _, err = run("studies.predictor_forms", *both, "--epochs", 1)

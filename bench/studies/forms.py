@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvpred_mlx.bench.common import command
+from kvpred_mlx.bench.studies.adapted import Adapted
 from kvpred_mlx.console import progress_bar
 from kvpred_mlx.dial.importance import Importance
 from kvpred_mlx.making.as_used import AsUsedLoss
@@ -27,7 +28,8 @@ from kvpred_mlx.pair.predictor import FirstLayersPredictor
 from kvpred_mlx.taps.kv import KV
 from kvpred_mlx.taps.kv_taps import KVTaps
 
-TRAINED = ("trained", "joined-trained")  # as the cache is used: by far the longest, so only if asked for
+# As the cache is used: by far the longest, so only if asked for.
+TRAINED = ("trained", "joined-trained", "adapted-trained")
 FITTED = ("rank", "joined", "attention", "joined-attention", "mlp")  # to the true keys and values
 KINDS = FITTED + TRAINED
 RIDGES = (1e-4, 1e-3, 1e-2)
@@ -77,6 +79,7 @@ class Forms:
         hidden: int,
         epochs: int,
         training: TrainingSettings,
+        adapter_rank: int = 16,
     ) -> Iterator[tuple[str, Form]]:
         """Each form of these kinds by name; the linear map first."""
         sums = self._sums([])
@@ -88,14 +91,17 @@ class Forms:
             yield f"rank {rank}", self._linear([], low)
         choices = [[k] for k in others] + ([others] if len(others) > 1 else [])
         if "trained" in kinds:
-            yield "linear, trained", self._trained(linear, training)
+            yield "linear, trained", self._trained(copy.deepcopy(linear), training)
+        if "adapted-trained" in kinds:
+            adapted = Adapted(self.taps.model, self._depth, copy.deepcopy(linear), adapter_rank)
+            yield f"adapters of rank {adapter_rank}, trained", self._trained(adapted, training)
         joined: _Maps | None = None
         for chosen in choices if "joined" in kinds else []:
             joined = self._fitted(chosen)  # the last choice joins all of them
             yield _joined_with(chosen), joined
         if "joined-trained" in kinds:
             begun = self._fitted(others) if joined is None else joined
-            yield f"{_joined_with(others)}, trained", self._trained(begun, training)
+            yield f"{_joined_with(others)}, trained", self._trained(copy.deepcopy(begun), training)
         weights = self._attention() if {"attention", "joined-attention"} & {*kinds} else None
         if "attention" in kinds:
             yield "weighted by attention", self._fitted([], weights)
@@ -114,15 +120,14 @@ class Forms:
     def _linear(self, others: list[int], maps: list[Map]) -> _Maps:
         return _Maps([self.joined(part, others) for part in self.parts()], maps)
 
-    def _trained(self, form: _Maps, settings: TrainingSettings) -> _Maps:
-        """The same maps, trained as the cache is used, on the windows that they were fitted on."""
-        trained = copy.deepcopy(form)
-        loss = _FormLoss(self.train, trained)
+    def _trained(self, form: nn.Module, settings: TrainingSettings) -> Form:
+        """The form itself, trained as the cache is used, on the windows that it was fitted on."""
+        loss = _FormLoss(self.train, form)
         trainer = Trainer(
-            trained, lambda _, batch: loss(self._pair, batch), self.train, settings, compiled=False
+            form, lambda _, batch: loss(self._pair, batch), self.train, settings, compiled=False
         )
         trainer.run(command.tell)
-        return trained
+        return form
 
     def _sums(self, others: list[int], weights: np.ndarray | None = None) -> list[tuple[Moments, Moments]]:
         """Of each part: of the windows that are fitted, and of those that choose the ridge.

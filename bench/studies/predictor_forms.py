@@ -3,10 +3,11 @@
 `python -m kvpred_mlx.bench.studies.predictor_forms --base BASE --folder FOLDER --depth 14 --joined 7,10`, with the
 folder of `kvpred_mlx.bench.studies.first_layers`: the linear map, features of several layers joined, regression
 weighted by the attention that the base pays to each token, both of these, low-rank maps, a small gated MLP beside the
-linear map, and the linear or the joined map trained as the cache is used, `--iters` steps on the windows that it was
-fitted on; differences from the linear map are paired, window by window.  With `--auxiliary SMALL` in the
-place of `--depth` the same for a pair of two models, whose even map joins each layer with those so many layers
-before it; with both, what the second model reads is joined to what layer `--depth` reads.
+linear map; and the linear map, the joined one, or the linear one with low-rank adapters on the layers that read,
+trained as the cache is used, `--iters` steps on the windows that they were fitted on.  Differences from the linear map
+are paired, window by window.  With `--auxiliary SMALL` in the place of `--depth` the same for a pair of two models,
+whose even map joins each layer with those so many layers before it; with both, what the second model reads is joined to
+what layer `--depth` reads.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main(
     iters: Annotated[int, typer.Option(min=1, help="Steps of the kinds that are trained.")] = 48,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 3e-4,
+    adapter_rank: Annotated[int, typer.Option(min=1, help="Of adapters on the layers that read.")] = 16,
     held_out: Annotated[str, typer.Option(help="The recording to measure on.")] = "held-448",
 ) -> None:
     """Compare forms of the predictor, at equal or nearly equal TTFT."""
@@ -63,6 +65,10 @@ def main(
     distances, chosen = numbers("--joined", joined, 0), kinds.split(",")
     if not set(chosen) <= set(KINDS):
         raise typer.BadParameter(f"{kinds!r}, expected some of {', '.join(KINDS)}", param_hint="--kinds")
+    if auxiliary is not None and "adapted-trained" in chosen:
+        raise typer.BadParameter(
+            "given with --kinds adapted-trained, expected --depth alone", param_hint="--auxiliary"
+        )
     taps = KVTaps(load_part(base).model)
     train, held = Recording(folder / "train"), Recording(folder / held_out)
     study: Forms
@@ -83,7 +89,7 @@ def main(
     training = TrainingSettings(
         iters, batch_size, learning_rate, warmup=min(10, iters // 5), weight_decay=0.0, steps_per_report=4
     )
-    for form_name, form in study.forms(chosen, distances, given, hidden, epochs, training):
+    for form_name, form in study.forms(chosen, distances, given, hidden, epochs, training, adapter_rank):
         scores = study.score(form)
         linear = linear or scores
         found = {
