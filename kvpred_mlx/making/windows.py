@@ -10,7 +10,7 @@ import numpy as np
 
 from kvpred_mlx.errors import check_ranges
 
-TOKENS_AT_ONCE = 4096  # of prompts side by side: eight of 2,000 read by two models of 1.5B do not fit 24 GB
+TOKENS_AT_ONCE = 4096  # of prompts side by side: eight of 2,000 read by a 1.5B and a 0.5B do not fit 24 GB
 
 
 @dataclass(frozen=True)
