@@ -173,6 +173,8 @@ USED: dict[str, dict[str, str]] = {
         "TokenizerWrapper.eos_token_ids": "",
         "TokenizerWrapper.has_chat_template": "",
     },
+    # bench/studies/adapted.py
+    "mlx_lm.tuner.lora": {"LoRALinear": "", "LoRALinear.from_base": "linear r scale"},
     # pair/, making/, convert/: models and tokenizers on disk; serving/ and cli/: memory
     "mlx_lm.utils": {
         "DEFAULT_ALLOW_PATTERNS": "",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
+from kvpred_mlx.making.recording import Batch
 from kvpred_mlx.taps.kv_taps import KVTaps
-
-if TYPE_CHECKING:
-    from kvpred_mlx.bench.studies.forms import Form
-    from kvpred_mlx.making.recording import Batch
 
 SCALE = 2.0
 
@@ -32,7 +30,7 @@ class Adapted(nn.Module):
         rank: of the adapters.
     """
 
-    def __init__(self, model: nn.Module, depth: int, maps: Form, rank: int):
+    def __init__(self, model: nn.Module, depth: int, maps: Callable[[Batch], mx.array], rank: int):
         super().__init__()
         weights: Any = tree_flatten(model.parameters())
         shared = {id(array): array for _, array in weights}
