@@ -15,6 +15,7 @@ from kvpred_mlx.making.recording import Batch
 from kvpred_mlx.taps.kv_taps import KVTaps
 
 SCALE = 2.0
+LINEAR: Any = (nn.Linear, nn.QuantizedLinear)
 
 
 class Adapted(nn.Module):
@@ -38,10 +39,8 @@ class Adapted(nn.Module):
         self.reader.freeze()
         layers: Any = self.reader.layers
         for layer in layers[:depth]:
-            modules: list[tuple[str, Any]] = layer.named_modules()
-            linear = [name for name, m in modules if isinstance(m, nn.Linear | nn.QuantizedLinear)]
-            by_name = dict(modules)
-            adapted = [(n, LoRALinear.from_base(by_name[n], r=rank, scale=SCALE)) for n in linear]
+            linear = [(name, module) for name, module in layer.named_modules() if isinstance(module, LINEAR)]
+            adapted = [(name, LoRALinear.from_base(module, r=rank, scale=SCALE)) for name, module in linear]
             layer.update_modules(tree_unflatten(adapted))
             for _, module in adapted:
                 module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)

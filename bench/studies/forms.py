@@ -79,7 +79,7 @@ class Forms:
         hidden: int,
         epochs: int,
         training: TrainingSettings,
-        adapter_rank: int = 16,
+        adapter_rank: int,
     ) -> Iterator[tuple[str, Form]]:
         """Each form of these kinds by name; the linear map first."""
         sums = self._sums([])
